@@ -36,12 +36,13 @@ def find_nvcc():
 
 
 def torch_extension():
-    """h2rec._C: registers kernels with torch; LibTorch stable ABI and Python limited API (see csrc/README.md)."""
+    """h2rec._C: registers kernels with torch; LibTorch stable ABI, Python limited API."""
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
         "h2rec._C",
         ["csrc/ops.cpp"],
+        depends=["csrc/cpu/capability.h"],
         py_limited_api=True,
         extra_compile_args=[*CXX_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         extra_link_args=LINK_FLAGS,
@@ -85,7 +86,7 @@ def choose_extensions(mode):
 
 
 def build_command(base, mode, nvcc):
-    """`base`, which says what it builds and, unless `mode` asks for the extensions, goes on when they fail."""
+    """`base`, which says what it builds, and goes on when that fails unless `mode` asks for it."""
 
     class BuildExtensions(base):
         def run(self):
