@@ -1,0 +1,156 @@
+"""Which implementation of an operator runs: one predicate per backend, and a choice among those that say yes.
+
+A backend is a module with one function per operator (``residual_quantize``, ``harmonized_embedding``,
+``harmonized_embedding_backward``, ...). To add one: write the module, and its predicate here.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from h2rec._version import __version__
+
+OPERATORS = ("residual_quantize", "harmonized_embedding", "alignment_loss")
+
+# Operators whose kernels exist.
+_CPP_OPERATORS: tuple[str, ...] = ()
+_TRITON_OPERATORS: tuple[str, ...] = ()
+_CUDA_OPERATORS: tuple[str, ...] = ()
+
+
+def _why_not_reference(operator: str, device_type: str) -> str | None:
+    return None
+
+
+def _why_not_cpp(operator: str, device_type: str) -> str | None:
+    if operator not in _CPP_OPERATORS:
+        return "its C++ kernel is not written yet"
+    if device_type != "cpu":
+        return f"it runs on the CPU, not on {device_type}"
+    return extension_error()
+
+
+def _why_not_triton(operator: str, device_type: str) -> str | None:
+    if operator not in _TRITON_OPERATORS:
+        return "its Triton kernel is not written yet"
+    return triton_error()
+
+
+def _why_not_cuda(operator: str, device_type: str) -> str | None:
+    if operator not in _CUDA_OPERATORS:
+        return "its CUDA kernel is not written yet"
+    if device_type != "cuda":
+        return f"it runs on CUDA devices, not on {device_type}"
+    return extension_error()
+
+
+# In order of preference.
+_WHY_NOT: dict[str, Callable[[str, str], str | None]] = {
+    "cuda": _why_not_cuda,
+    "triton": _why_not_triton,
+    "cpp": _why_not_cpp,
+    "reference": _why_not_reference,
+}
+BACKENDS = tuple(_WHY_NOT)
+
+_requested: str | None = None
+
+
+@functools.cache
+def extension_error() -> str | None:
+    """Why ``h2rec._C`` cannot be used, or None."""
+    try:
+        importlib.import_module("h2rec._C")
+    except ImportError as error:
+        return f"h2rec._C cannot be imported ({error}); `pip install --no-build-isolation .` in a checkout builds it"
+    return None
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """Why Triton cannot be used, or None."""
+    try:
+        importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if torch.version.cuda is None and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return "this build of torch has no GPU support, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def why_not(backend: str, operator: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot serve ``operator`` on this kind of device, or None if it can."""
+    return _WHY_NOT[backend](operator, device_type)
+
+
+def usable(operator: str, device_type: str) -> list[str]:
+    """The backends that can serve, in order of preference."""
+    return [backend for backend in BACKENDS if why_not(backend, operator, device_type) is None]
+
+
+def choose(function: str, device_type: str) -> Callable:
+    """The implementation of ``function`` (an operator, or its ``_backward``) by the requested or the best backend."""
+    requested = _requested or os.environ.get("H2REC_BACKEND") or None
+    return _choose(function, device_type, requested)
+
+
+@functools.cache
+def _choose(function: str, device_type: str, requested: str | None) -> Callable:
+    operator = function.removesuffix("_backward")
+    if requested is None:
+        backend = usable(operator, device_type)[0]
+    else:
+        backend = _check_name("H2REC_BACKEND", requested)
+        if reason := why_not(backend, operator, device_type):
+            raise RuntimeError(f"backend {backend!r} cannot serve {operator}: {reason}")
+    module = "h2rec.kernels" if backend == "triton" else f"h2rec.{backend}"
+    return getattr(importlib.import_module(module), function)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every operator of the block on backend ``name``, in all threads; one that cannot serve raises.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _requested
+    before, _requested = _requested, _check_name("name", name)
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def _check_name(argument: str, name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+def config_report() -> str:
+    """What was built, what can be used, and why the rest cannot, as text."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    requested = _requested or os.environ.get("H2REC_BACKEND")
+    lines = [
+        f"h2rec {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        f"device      {torch.cuda.get_device_name() if device_type == 'cuda' else 'cpu (no CUDA device)'}",
+        f"extension   {extension_error() or 'built; CPU kernels use ' + torch.ops.h2rec.cpu_capability()}",
+        f"triton      {triton_error() or 'usable'}",
+        f"H2REC_BACKEND {requested or 'is not set: the first usable backend serves'}",
+    ]
+    for operator in OPERATORS:
+        lines += ["", f"{operator} on {device_type}"]
+        for backend in BACKENDS:
+            lines.append(f"  {backend:<10}{why_not(backend, operator, device_type) or 'usable'}")
+    return "\n".join(lines)
+
+
+def show_config() -> None:
+    """Prints what was built, which backends can be used on this machine, and why the others cannot."""
+    print(config_report())

@@ -1,0 +1,90 @@
+"""Checks of arguments that several operators share. Each raises an error that names the argument.
+
+Shapes, dtypes and options are checked in the real and in the fake kernels alike. Values (ids in range, finite
+vectors) need the data: they are checked in real kernels only, and on a GPU only when asked for, because reading
+them back would make the host wait.
+"""
+
+import os
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_NAMED_ROWS = 5
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    torch._check_type(
+        tensor.is_floating_point(), lambda: f"{name} must be a floating-point tensor, got {tensor.dtype}"
+    )
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    torch._check_type(
+        tensor.dtype in INTEGER_DTYPES, lambda: f"{name} must be an integer tensor, got {tensor.dtype}"
+    )
+
+
+def check_dim(name: str, tensor: Tensor, shape: Sequence[str]) -> None:
+    """``shape`` names the dimensions, e.g. ``("N", "D")``."""
+    torch._check_value(
+        tensor.dim() == len(shape),
+        lambda: f"{name} must have shape [{', '.join(shape)}], got {list(tensor.shape)}",
+    )
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    torch._check_value(
+        tensor.device == other.device,
+        lambda: f"{name} is on {tensor.device}, but {other_name} is on {other.device}",
+    )
+
+
+def check_option(name: str, value: str | None, options: Collection[str | None]) -> None:
+    torch._check_value(
+        value in options,
+        lambda: f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}",
+    )
+
+
+def checks_values(tensor: Tensor) -> bool:
+    """Whether the values of tensors on this device are checked: always on the CPU, else on request."""
+    return tensor.is_cpu or os.environ.get("H2REC_CHECK_VALUES") == "1"
+
+
+def check_finite_rows(name: str, tensor: Tensor) -> None:
+    """Every row of ``tensor [N, D]`` is finite."""
+    if not checks_values(tensor) or tensor.isfinite().all():
+        return
+    bad = (~tensor.isfinite().all(dim=1)).nonzero().flatten()
+    raise ValueError(
+        f"{name} must be finite, but {bad.numel()} of {tensor.shape[0]} rows hold NaN or infinity "
+        f"({_first(bad, 'row')})"
+    )
+
+
+def check_range(name: str, tensor: Tensor, limit: int, *, exempt: int | None = None) -> None:
+    """Every element lies in [0, limit), or equals ``exempt``."""
+    if not checks_values(tensor) or tensor.numel() == 0:
+        return
+    low, high = tensor.aminmax()
+    if low >= 0 and high < limit:
+        return
+    bad = (tensor < 0) | (tensor >= limit)
+    if exempt is not None:
+        bad &= tensor != exempt
+    values = tensor[bad]
+    if values.numel():
+        raise ValueError(
+            f"{name} must lie in [0, {limit}), but {values.numel()} of {tensor.numel()} do not "
+            f"({_first(values, 'value')})"
+        )
+
+
+def _first(values: Tensor, what: str) -> str:
+    shown = ", ".join(str(value) for value in values[:_NAMED_ROWS].tolist())
+    if values.numel() == 1:
+        return f"{what} {shown}"
+    return f"{what}s {shown}{', ...' if values.numel() > _NAMED_ROWS else ''}"

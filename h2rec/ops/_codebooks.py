@@ -1,0 +1,50 @@
+"""One representation of codebooks for all kernels: the rows of all levels in one matrix, and the levels' sizes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from h2rec.ops._checks import check_dim, check_floating
+
+
+def pack_codebooks(codebooks: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """``[L, K, D]`` or a sequence of ``[K_l, D]`` to ``([sum(K_l), D], [K_0, ...])``. A tensor is not copied."""
+    if isinstance(codebooks, Tensor):
+        check_floating("codebooks", codebooks)
+        check_dim("codebooks", codebooks, ("L", "K", "D"))
+        num_levels, size, dim = codebooks.shape
+        sizes = [size] * num_levels
+        _check_sizes(sizes)
+        return codebooks.reshape(num_levels * size, dim), sizes
+    codebooks = list(codebooks)
+    for level, codebook in enumerate(codebooks):
+        check_floating(f"codebooks[{level}]", codebook)
+        check_dim(f"codebooks[{level}]", codebook, ("K", "D"))
+        for what in ("dtype", "device"):
+            torch._check_value(
+                getattr(codebook, what) == getattr(codebooks[0], what),
+                lambda level=level, what=what: (
+                    f"codebooks[{level}] has {what} {getattr(codebooks[level], what)}, "
+                    f"but codebooks[0] has {getattr(codebooks[0], what)}"
+                ),
+            )
+        torch._check_value(
+            codebook.shape[1] == codebooks[0].shape[1],
+            lambda level=level: (
+                f"codebooks[{level}] has dimension {codebooks[level].shape[1]}, "
+                f"but codebooks[0] has {codebooks[0].shape[1]}"
+            ),
+        )
+    sizes = [codebook.shape[0] for codebook in codebooks]
+    _check_sizes(sizes)
+    return torch.cat(codebooks), sizes
+
+
+def _check_sizes(sizes: list[int]) -> None:
+    torch._check_value(len(sizes) >= 1, lambda: "codebooks must have at least one level, got none")
+    for level, size in enumerate(sizes):
+        torch._check_value(
+            size >= 1,
+            lambda level=level: f"codebooks[{level}] must have at least one codeword, got none",
+        )

@@ -1,0 +1,262 @@
+"""The code-guided alignment loss: hash and semantic embeddings of one item attract each other."""
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from h2rec.ops import _backends
+from h2rec.ops._checks import (
+    check_dim,
+    check_finite_rows,
+    check_floating,
+    check_integer,
+    check_option,
+    check_range,
+    check_same_device,
+    checks_values,
+)
+from h2rec.ops._gather import gather_rows
+from h2rec.ops._registry import define
+
+
+def alignment_loss(
+    hash_emb: Tensor,
+    semantic_emb: Tensor,
+    *,
+    item_ids: Tensor | None = None,
+    codes: Tensor | None = None,
+    min_shared_codes: int | None = None,
+    pair_index: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    r"""Contrastive loss between two views of a batch of items, in both directions, with weighted positives.
+
+    With unit rows :math:`h_i, s_j`, logits :math:`z_{ij} = \langle h_i, s_j \rangle / \tau` and weights
+    :math:`w_{ij}`,
+
+    .. math::
+        row_i = -\log \frac{\sum_j w_{ij} e^{z_{ij}}}{\sum_j e^{z_{ij}}}, \quad
+        col_j = -\log \frac{\sum_i w_{ij} e^{z_{ij}}}{\sum_i e^{z_{ij}}}, \quad
+        loss = \frac{\mathrm{mean}_i\, row_i + \mathrm{mean}_j\, col_j}{2}.
+
+    The weight is 1 where i = j, where the item ids are equal, or where the codes agree in at least
+    ``min_shared_codes`` positions; else the largest weight given for the pair in either order; else 0.
+    (Code-guided alignment of H2Rec, arXiv 2512.10388.)
+
+    Args:
+        hash_emb, semantic_emb: ``[B, D]``, floating point, B at least 1. Rows shorter than 1e-12 count as zero.
+        item_ids: ``[B]``, any integer dtype.
+        codes: ``[B, L]``, any integer dtype; given together with ``min_shared_codes`` in [1, L].
+        pair_index: ``[2, P]`` integer positions in the batch; given together with ``pair_weight``.
+        pair_weight: ``[P]``, floating point, in (0, 1].
+        temperature: positive; a 0-dim tensor may require a gradient.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, of the B values :math:`(row_i + col_i) / 2`.
+        group: the batch is spread over the ranks of this process group, in the order of ranks and unevenly if
+            need be. ``pair_index`` then counts positions in the whole batch. Every rank gets the whole
+            batch's loss, and gradients that are scaled by the number of ranks, so that the average that DDP takes is
+            the gradient of one process with the whole batch.
+
+    Returns:
+        0-dim, or ``[B]`` with ``reduction="none"``; fp32, or fp64 for fp64 inputs.
+
+    Raises:
+        ValueError: a shape, option, position, weight or temperature is wrong, or an embedding is not finite.
+        TypeError: a dtype is wrong.
+    """
+    check_option("reduction", reduction, ("mean", "sum", "none"))
+    torch._check_value(
+        (codes is None) == (min_shared_codes is None),
+        lambda: (
+            f"codes and min_shared_codes must be given together, got "
+            f"{'no codes' if codes is None else 'codes'} and min_shared_codes={min_shared_codes}"
+        ),
+    )
+    if not isinstance(temperature, Tensor):
+        temperature = torch.scalar_tensor(temperature, dtype=torch.float64)
+    if group is not None:
+        check_floating("hash_emb", hash_emb)
+        check_floating("semantic_emb", semantic_emb)
+        hash_emb, semantic_emb = gather_rows(hash_emb, group), gather_rows(semantic_emb, group)
+        item_ids, codes, pair_weight = (
+            None if rows is None else gather_rows(rows, group) for rows in (item_ids, codes, pair_weight)
+        )
+        pair_index = None if pair_index is None else gather_rows(pair_index.T, group).T
+    dtype = torch.promote_types(hash_emb.dtype, semantic_emb.dtype)
+    losses, _ = _alignment_loss(
+        hash_emb.to(dtype),
+        semantic_emb.to(dtype),
+        temperature,
+        item_ids,
+        codes,
+        0 if min_shared_codes is None else min_shared_codes,
+        pair_index,
+        pair_weight,
+    )
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _check(
+    hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight
+) -> None:
+    for name, tensor in (("hash_emb", hash_emb), ("semantic_emb", semantic_emb)):
+        check_floating(name, tensor)
+        check_dim(name, tensor, ("B", "D"))
+    torch._check_value(
+        hash_emb.shape == semantic_emb.shape,
+        lambda: (
+            f"hash_emb and semantic_emb must have one shape, got {list(hash_emb.shape)} "
+            f"and {list(semantic_emb.shape)}"
+        ),
+    )
+    batch_size = hash_emb.shape[0]
+    torch._check_value(batch_size >= 1, lambda: "hash_emb must have at least one row, got none")
+    torch._check_value(hash_emb.shape[1] >= 1, lambda: "hash_emb must have at least one column, got none")
+    check_floating("temperature", temperature)
+    check_dim("temperature", temperature, ())
+    torch._check_value(
+        temperature.device.type in ("cpu", hash_emb.device.type),
+        lambda: f"temperature is on {temperature.device}, but hash_emb is on {hash_emb.device}",
+    )
+    for name, tensor in (
+        ("semantic_emb", semantic_emb),
+        ("item_ids", item_ids),
+        ("codes", codes),
+        ("pair_index", pair_index),
+        ("pair_weight", pair_weight),
+    ):
+        if tensor is not None:
+            check_same_device(name, tensor, "hash_emb", hash_emb)
+    if item_ids is not None:
+        check_integer("item_ids", item_ids)
+        torch._check_value(
+            item_ids.shape == (batch_size,),
+            lambda: f"item_ids must have shape [{batch_size}], got {list(item_ids.shape)}",
+        )
+    if codes is not None:
+        check_integer("codes", codes)
+        torch._check_value(
+            codes.dim() == 2 and codes.shape[0] == batch_size,
+            lambda: f"codes must have shape [{batch_size}, L], got {list(codes.shape)}",
+        )
+        torch._check_value(
+            1 <= min_shared_codes <= codes.shape[1],
+            lambda: f"min_shared_codes must lie in [1, {codes.shape[1]}], got {min_shared_codes}",
+        )
+    _check_pairs(pair_index, pair_weight)
+
+
+def _check_pairs(pair_index: Tensor | None, pair_weight: Tensor | None) -> None:
+    torch._check_value(
+        (pair_index is None) == (pair_weight is None),
+        lambda: "pair_index and pair_weight must be given together",
+    )
+    if pair_index is None:
+        return
+    check_integer("pair_index", pair_index)
+    check_floating("pair_weight", pair_weight)
+    torch._check_value(
+        pair_index.dim() == 2 and pair_index.shape[0] == 2,
+        lambda: f"pair_index must have shape [2, P], got {list(pair_index.shape)}",
+    )
+    torch._check_value(
+        pair_weight.shape == pair_index.shape[1:],
+        lambda: f"pair_weight must have shape [{pair_index.shape[1]}], got {list(pair_weight.shape)}",
+    )
+
+
+def _check_values(hash_emb, semantic_emb, temperature, pair_index, pair_weight) -> None:
+    check_finite_rows("hash_emb", hash_emb)
+    check_finite_rows("semantic_emb", semantic_emb)
+    if checks_values(temperature) and not 0 < temperature.item() < torch.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature.item()}")
+    if pair_index is not None:
+        check_range("pair_index", pair_index, hash_emb.shape[0])
+        if checks_values(pair_weight) and not ((pair_weight > 0) & (pair_weight <= 1)).all():
+            bad = pair_weight[~((pair_weight > 0) & (pair_weight <= 1))]
+            raise ValueError(
+                f"pair_weight must lie in (0, 1], but {bad.numel()} of {pair_weight.numel()} do not "
+                f"(the first is {bad[0].item()})"
+            )
+
+
+def _kernel(
+    hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight
+) -> tuple[Tensor, Tensor]:
+    arguments = (
+        hash_emb,
+        semantic_emb,
+        temperature,
+        item_ids,
+        codes,
+        min_shared_codes,
+        pair_index,
+        pair_weight,
+    )
+    _check(*arguments)
+    _check_values(hash_emb, semantic_emb, temperature, pair_index, pair_weight)
+    return _backends.choose("alignment_loss", hash_emb.device.type)(*arguments)
+
+
+def _statistics_dtype(hash_emb: Tensor) -> torch.dtype:
+    return torch.promote_types(hash_emb.dtype, torch.float32)
+
+
+def _fake(hash_emb, *arguments) -> tuple[Tensor, Tensor]:
+    _check(hash_emb, *arguments)
+    batch_size, dtype = hash_emb.shape[0], _statistics_dtype(hash_emb)
+    return hash_emb.new_empty(batch_size, dtype=dtype), hash_emb.new_empty((4, batch_size), dtype=dtype)
+
+
+def _backward_kernel(grad_losses, log_sums, hash_emb, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = _backends.choose("alignment_loss_backward", hash_emb.device.type)
+    return implementation(grad_losses, log_sums, hash_emb, *arguments)
+
+
+def _backward_fake(grad_losses, log_sums, hash_emb, semantic_emb, temperature, *_):
+    return (
+        torch.empty_like(hash_emb, memory_format=torch.contiguous_format),
+        torch.empty_like(semantic_emb, memory_format=torch.contiguous_format),
+        torch.empty_like(temperature),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight = inputs
+    _, log_sums = output
+    ctx.mark_non_differentiable(log_sums)
+    ctx.min_shared_codes = min_shared_codes
+    ctx.save_for_backward(
+        log_sums, hash_emb, semantic_emb, temperature, item_ids, codes, pair_index, pair_weight
+    )
+
+
+def _backward(ctx, grad_losses: Tensor, _grad_log_sums):
+    *tensors, pair_index, pair_weight = ctx.saved_tensors
+    grads = _alignment_loss_backward(grad_losses, *tensors, ctx.min_shared_codes, pair_index, pair_weight)
+    wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    return *wanted, None, None, None, None, None
+
+
+_INPUTS = (
+    "Tensor hash_emb, Tensor semantic_emb, Tensor temperature, Tensor? item_ids, Tensor? codes, "
+    "SymInt min_shared_codes, Tensor? pair_index, Tensor? pair_weight"
+)
+
+_alignment_loss = define(
+    f"alignment_loss({_INPUTS}) -> (Tensor, Tensor)",
+    _kernel,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+_alignment_loss_backward = define(
+    f"alignment_loss_backward(Tensor grad_losses, Tensor log_sums, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
