@@ -1,0 +1,49 @@
+"""Content vectors from text, without a network or a large model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_PLACEHOLDER = "unknown"
+
+
+def embed_texts(texts: Sequence[str]) -> np.ndarray:
+    """Embed texts with WordLlama, whose weights come with its wheel: float32 ``[N, 256]``.
+
+    Empty texts have no vector of their own; they are embedded as ``"unknown"``, and a warning says how many
+    they are.
+
+    Raises:
+        ValueError: no texts, or none that is not empty.
+        TypeError: something that is not a string.
+        ModuleNotFoundError: wordllama is not installed; the message says how to install it.
+    """
+    texts = list(texts)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts: expected strings, got {type(text).__name__} in row {row}")
+    empty = [row for row, text in enumerate(texts) if not text.strip()]
+    if len(empty) == len(texts):
+        raise ValueError(f"texts: expected at least one that is not empty, got {len(texts)} empty ones")
+    if empty:
+        shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        warnings.warn(f"{len(empty)} of {len(texts)} texts are empty (rows {shown})", stacklevel=2)
+    model = _load_model()
+    return np.asarray(
+        model.embed([text if text.strip() else _PLACEHOLDER for text in texts]), dtype=np.float32
+    )
+
+
+def _load_model():
+    try:
+        import wordllama
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "embedding text needs wordllama: pip install 'h2rec[text]', or pass vectors of your own (read_embeddings)"
+        ) from error
+    folder = Path(wordllama.__file__).parent
+    return wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
