@@ -1,0 +1,113 @@
+import copy
+
+import pytest
+import torch
+
+from h2rec.layers import AlignmentLoss
+
+
+def make(batch=7, dim=5, num_levels=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hash_emb": torch.randn(batch, dim, generator=generator, dtype=dtype),
+        "semantic_emb": torch.randn(batch, dim, generator=generator, dtype=dtype),
+        "item_ids": torch.randint(5, (batch,), generator=generator),
+        "codes": torch.randint(2, (batch, num_levels), generator=generator),
+        "pair_index": torch.tensor([[0, 2, 2], [1, 4, 4]]),
+        "pair_weight": torch.tensor([0.5, 0.4, 0.7], dtype=dtype),
+    }
+
+
+def plain(inputs, temperature, min_shared_codes):
+    h = inputs["hash_emb"] / inputs["hash_emb"].norm(dim=1, keepdim=True)
+    s = inputs["semantic_emb"] / inputs["semantic_emb"].norm(dim=1, keepdim=True)
+    batch = len(h)
+    weights = torch.eye(batch, dtype=h.dtype)
+    for (i, j), weight in zip(inputs["pair_index"].T.tolist(), inputs["pair_weight"], strict=True):
+        weights[i, j] = weights[j, i] = torch.maximum(weights[i, j], weight)
+    for i in range(batch):
+        for j in range(batch):
+            same_id = inputs["item_ids"][i] == inputs["item_ids"][j]
+            shared = (inputs["codes"][i] == inputs["codes"][j]).sum()
+            if same_id or (min_shared_codes is not None and shared >= min_shared_codes):
+                weights[i, j] = 1
+    e = (h @ s.T / temperature).exp()
+    rows = -((weights * e).sum(1) / e.sum(1)).log()
+    columns = -((weights * e).sum(0) / e.sum(0)).log()
+    return (rows.mean() + columns.mean()) / 2
+
+
+@pytest.mark.parametrize("min_shared_codes", [None, 2, 3])
+@pytest.mark.parametrize("learn_temperature", [False, True])
+def test_matches_the_formula(min_shared_codes, learn_temperature):
+    inputs = make()
+    layer = AlignmentLoss(
+        0.5, min_shared_codes=min_shared_codes, learn_temperature=learn_temperature
+    ).double()
+    torch.testing.assert_close(layer(**inputs), plain(inputs, 0.5, min_shared_codes))
+
+
+def test_pairs_and_ids_may_be_left_out():
+    inputs = make()
+    emb = {name: inputs[name] for name in ("hash_emb", "semantic_emb")}
+    nothing = {
+        "item_ids": torch.arange(7),
+        "codes": inputs["codes"],
+        "pair_index": torch.empty(2, 0, dtype=torch.int64),
+        "pair_weight": torch.empty(0),
+    }
+    torch.testing.assert_close(AlignmentLoss()(**emb), plain(emb | nothing, 0.1, None))
+
+
+def test_gradients():
+    inputs = make(batch=4, dim=3)
+    inputs["pair_index"] = inputs["pair_index"][:, :1]
+    inputs["pair_weight"] = inputs["pair_weight"][:1]
+    layer = AlignmentLoss(0.5, min_shared_codes=2, learn_temperature=True).double()
+
+    def run(hash_emb, semantic_emb, log_temperature):
+        given = inputs | {"hash_emb": hash_emb, "semantic_emb": semantic_emb}
+        return torch.func.functional_call(layer, {"log_temperature": log_temperature}, kwargs=given)
+
+    embeddings = [inputs[name].requires_grad_() for name in ("hash_emb", "semantic_emb")]
+    assert torch.autograd.gradcheck(run, [*embeddings, layer.log_temperature])
+
+
+def test_learned_temperature_is_a_parameter():
+    layer = AlignmentLoss(0.2, learn_temperature=True)
+    assert [name for name, _ in layer.named_parameters()] == ["log_temperature"]
+    assert layer.temperature.item() == pytest.approx(0.2)
+    assert not list(AlignmentLoss(0.2).parameters())
+    assert AlignmentLoss(0.2).temperature == 0.2
+
+
+def test_state_dict_deepcopy_compile():
+    inputs = make(dtype=torch.float32)
+    layer = AlignmentLoss(0.3, min_shared_codes=2, learn_temperature=True)
+    other = AlignmentLoss(0.7, min_shared_codes=2, learn_temperature=True)
+    other.load_state_dict(layer.state_dict())
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for twin in (other, copy.deepcopy(layer), compiled):
+        torch.testing.assert_close(twin(**inputs), layer(**inputs))
+
+
+def test_autocast():
+    inputs = make(dtype=torch.float32)
+    layer = AlignmentLoss(0.3, min_shared_codes=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = layer(**inputs)
+    torch.testing.assert_close(loss.float(), layer(**inputs), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_refuses_bad_temperature(temperature):
+    with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+        AlignmentLoss(temperature)
+
+
+def test_refuses_bad_min_shared_codes():
+    with pytest.raises(ValueError, match="min_shared_codes must be at least 1 or None, got 0"):
+        AlignmentLoss(min_shared_codes=0)
+    inputs = make()
+    with pytest.raises(ValueError, match="codes and min_shared_codes must be given together, got no codes"):
+        AlignmentLoss(min_shared_codes=2)(inputs["hash_emb"], inputs["semantic_emb"])

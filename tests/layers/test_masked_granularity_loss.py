@@ -1,0 +1,115 @@
+import copy
+
+import pytest
+import torch
+
+from h2rec.layers import MaskedGranularityLoss
+
+
+def users(batch=6, dim=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(batch, dim, generator=generator, dtype=dtype) for _ in range(2))
+
+
+def plain(u, v, temperature):
+    similarity = temperature * (u @ u.T + v @ v.T) / 2
+    targets = similarity.exp() / similarity.exp().sum(1, keepdim=True)
+    total = 0.0
+    for logits in (u @ v.T / temperature, v @ u.T / temperature):
+        log_probabilities = (logits.exp() / logits.exp().sum(1, keepdim=True)).log()
+        total = total - (targets * log_probabilities).sum(1).mean()
+    return total / 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_matches_the_formula(temperature):
+    u, v = users()
+    layer = MaskedGranularityLoss(4, 4, temperature=temperature)
+    torch.testing.assert_close(layer(u, v), plain(u, v, temperature))
+    torch.testing.assert_close(layer(v, u), layer(u, v))
+
+
+def test_one_user_has_nothing_to_tell_apart():
+    u, v = users(batch=1)
+    assert MaskedGranularityLoss(4, 4)(u, v).item() == 0
+
+
+def test_gradcheck():
+    u, v = users(batch=3)
+    layer = MaskedGranularityLoss(4, 4)
+    assert torch.autograd.gradcheck(layer, [u.requires_grad_(), v.requires_grad_()])
+
+
+@pytest.mark.parametrize(
+    ("num_levels", "ratio", "expected"), [(4, 0.5, 2), (3, 0.5, 1), (2, 0.9, 1), (5, 0.01, 1)]
+)
+def test_masks_the_least_weighed_levels(num_levels, ratio, expected):
+    torch.manual_seed(0)
+    layer = MaskedGranularityLoss(4, num_levels, mask_ratio=ratio)
+    levels = torch.randn(3, 5, num_levels, 4)
+    gates = torch.rand(3, num_levels).softmax(-1)
+    masked = layer.mask(levels, gates)
+    for row in range(3):
+        least = set(gates[row].argsort()[:expected].tolist())
+        for level in range(num_levels):
+            if level in least:
+                assert torch.equal(masked[row, :, level], layer.mask_vectors[level].expand(5, 4))
+            else:
+                assert torch.equal(masked[row, :, level], levels[row, :, level])
+
+
+def test_mask_gradients():
+    layer = MaskedGranularityLoss(2, 2).double()
+    levels = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    gates = torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64)
+    layer.mask(levels, gates).sum().backward()
+    assert torch.equal(layer.mask_vectors.grad, torch.full_like(layer.mask_vectors, 3))
+    kept = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert torch.equal(levels.grad, kept[:, None, :, None].expand_as(levels))
+
+
+def test_state_dict_deepcopy_compile():
+    u, v = users(dtype=torch.float32)
+    levels, gates = torch.randn(2, 3, 4, 4), torch.rand(2, 4)
+    layer, other = MaskedGranularityLoss(4, 4), MaskedGranularityLoss(4, 4)
+    other.load_state_dict(layer.state_dict())
+    for twin in (other, copy.deepcopy(layer)):
+        assert torch.equal(twin.mask(levels, gates), layer.mask(levels, gates))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(u, v), layer(u, v))
+    mask = torch.compile(layer.mask, fullgraph=True, backend="aot_eager")
+    assert torch.equal(mask(levels, gates), layer.mask(levels, gates))
+
+
+def test_is_exact_under_autocast():
+    u, v = (8 * x for x in users(dtype=torch.float32))
+    layer = MaskedGranularityLoss(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(u, v), layer(u, v).float())
+        mixed = layer(u, v)
+    assert torch.equal(mixed, layer(u, v))
+    assert torch.isfinite(layer(u.bfloat16(), v.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_levels": 1}, "num_levels must be at least 2"),
+        ({"num_levels": 4, "mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1, got 0.0"),
+        ({"num_levels": 4, "mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
+        ({"num_levels": 4, "temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+    ],
+)
+def test_refuses_bad_parameters(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedGranularityLoss(4, **arguments)
+
+
+def test_refuses_bad_shapes():
+    layer = MaskedGranularityLoss(4, 2)
+    with pytest.raises(ValueError, match=r"must have the same shape \[B, D\], got \[3, 4\] and \[2, 4\]"):
+        layer(torch.zeros(3, 4), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"levels must have shape \[B, T, 2, 4\], got \[3, 5, 4, 2\]"):
+        layer.mask(torch.zeros(3, 5, 4, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"gates must have shape \[3, 2\].*got \[3, 5, 2\]"):
+        layer.mask(torch.zeros(3, 5, 2, 4), torch.zeros(3, 5, 2))
