@@ -147,6 +147,7 @@ def _count_pairs(split: Split, window: int) -> tuple[np.ndarray, np.ndarray, np.
     pair, distance = np.divmod(keys, window)
     pairs, first, counts = np.unique(pair, return_index=True, return_counts=True)
     decayed = np.add.reduceat(1.0 / (distance + 1), first) if len(first) else np.empty(0)
+    decayed = decayed.round(9)  # six thirds and four halves are the same strength
     low, high = np.divmod(pairs, num_items)
     return low, high, counts, decayed
 

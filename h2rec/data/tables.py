@@ -88,4 +88,5 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix.lower()[1:]}: {error}") from error
+        reason = str(error).split("\n", 1)[0]  # polars goes on with advice about its own options
+        raise ValueError(f"{path}: cannot be read as {path.suffix.lower()[1:]}: {reason}") from error

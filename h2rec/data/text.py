@@ -22,6 +22,8 @@ def embed_texts(texts: Sequence[str]) -> np.ndarray:
         TypeError: something that is not a string.
         ModuleNotFoundError: wordllama is not installed; the message says how to install it.
     """
+    if isinstance(texts, str):
+        raise TypeError("texts: expected a sequence of strings, got one string")
     texts = list(texts)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
