@@ -1,0 +1,47 @@
+"""Peak memory of one call, above what was in memory before it."""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """CUDA: bytes of torch's caching allocator. CPU: resident memory of this process, whoever allocated it.
+
+    Results and gradients that the call leaves behind count. None where the kernel does not tell: Linux with glibc does.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    if not _forget_the_past():
+        return None
+    before = _status_bytes("VmRSS")
+    call()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _forget_the_past() -> bool:
+    """Hand freed memory back, or the call would reuse it unseen; then let the high-water mark start from here."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {field}")

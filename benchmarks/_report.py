@@ -1,0 +1,178 @@
+"""Comparisons as a table, as JSON and as a picture."""
+
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ._harness import Comparison
+
+HEADER = ("case", "shape", "column", "median", "ratio", "spread", "rate", "peak memory")
+FOOTNOTE = (
+    "* baseline. ratio = baseline's median / column's, above 1 is faster; spread = its range over the rounds"
+)
+
+
+def table_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """One row per column of the comparison, and one for its yardstick; cells as in HEADER."""
+    rows = []
+    for column in comparison.columns:
+        ratio = comparison.ratio(column.name)
+        is_baseline = column.name == comparison.baseline
+        rows.append(
+            (
+                comparison.case,
+                comparison.shape,
+                column.name + (" *" if is_baseline else ""),
+                format_seconds(column.median),
+                f"{ratio.of_medians:.2f}",
+                "" if is_baseline else f"{ratio.lowest:.2f}..{ratio.highest:.2f}",
+                _rate_cell(comparison, column.name),
+                "" if column.peak_bytes is None else format_amount(column.peak_bytes, "B"),
+            )
+        )
+    if comparison.yardstick is not None:
+        rate = comparison.rate
+        per_second = rate.yardstick_per_call / comparison.yardstick.median
+        median = format_seconds(comparison.yardstick.median)
+        cells = (f"({rate.yardstick})", median, "", "", format_amount(per_second, rate.unit) + "/s", "")
+        rows.append((comparison.case, comparison.shape, *cells))
+    return rows
+
+
+def _rate_cell(comparison: Comparison, name: str) -> str:
+    if comparison.rate is None:
+        return ""
+    rate = format_amount(comparison.work_per_second(name), comparison.rate.unit)
+    return f"{rate}/s, {comparison.share_of_yardstick(name):.0%}"
+
+
+def format_seconds(seconds: float) -> str:
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def format_amount(amount: float, unit: str) -> str:
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if amount >= scale:
+            return f"{amount / scale:.3g} {prefix}{unit}"
+    return f"{amount:.3g} {unit}"
+
+
+def render_tables(comparisons: Sequence[Comparison], width: int) -> str:
+    """A table per operator, by rich where it is installed."""
+    by_operator = groupby(sorted(comparisons, key=lambda c: c.operator), key=lambda c: c.operator)
+    render = _render_rich if importlib.util.find_spec("rich") else _render_plain
+    parts = [
+        render(
+            operator, [row for comparison in group for row in _without_repeats(table_rows(comparison))], width
+        )
+        for operator, group in by_operator
+    ]
+    return "\n".join([*parts, FOOTNOTE])
+
+
+def _without_repeats(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Case and shape stand in the first row of a comparison only."""
+    return [row if i == 0 else ("", "", *row[2:]) for i, row in enumerate(rows)]
+
+
+def _render_plain(title: str, rows: list[tuple[str, ...]], width: int) -> str:
+    widths = [max(map(len, cells)) for cells in zip(HEADER, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
+        for row in [HEADER, tuple("-" * size for size in widths), *rows]
+    ]
+    return "\n".join(["", title, *lines])
+
+
+def _render_rich(title: str, rows: list[tuple[str, ...]], width: int) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in HEADER:
+        right = name in ("median", "ratio", "peak memory")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for i, row in enumerate(rows):
+        if i and row[0]:
+            table.add_section()
+        table.add_row(*row)
+    # A cut number is worse than a long line.
+    needed = Console(width=10_000, file=io.StringIO()).measure(table).maximum
+    text = io.StringIO()
+    Console(width=max(width, needed), file=text).print(table)
+    return text.getvalue().rstrip()
+
+
+def as_json(comparisons: Iterable[Comparison], machine: dict[str, Any]) -> dict[str, Any]:
+    return {"machine": machine, "comparisons": [_comparison_json(comparison) for comparison in comparisons]}
+
+
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    columns = []
+    for column in comparison.columns:
+        ratio = comparison.ratio(column.name)
+        columns.append(
+            {
+                "name": column.name,
+                "median_s": column.median,
+                "min_s": min(column.seconds),
+                "max_s": max(column.seconds),
+                "ratio": ratio.of_medians,
+                "ratio_min": ratio.lowest,
+                "ratio_max": ratio.highest,
+                "loops": column.loops,
+                "seconds": column.seconds,
+                "peak_extra_bytes": column.peak_bytes,
+                "work_per_s": comparison.work_per_second(column.name),
+                "share_of_yardstick": comparison.share_of_yardstick(column.name),
+            }
+        )
+    result = {
+        "operator": comparison.operator,
+        "case": comparison.case,
+        "shape": comparison.shape,
+        "device": comparison.device,
+        "baseline": comparison.baseline,
+        "columns": columns,
+    }
+    if comparison.rate is not None:
+        result["rate"] = {
+            "unit": comparison.rate.unit,
+            "per_call": comparison.rate.per_call,
+            "yardstick": comparison.rate.yardstick,
+            "yardstick_per_s": comparison.rate.yardstick_per_call / comparison.yardstick.median,
+        }
+    return result
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def write_png(path: Path, comparisons: Sequence[Comparison], caption: str) -> bool:
+    """Bars of the ratios, with their spread; False where matplotlib is not installed."""
+    if not importlib.util.find_spec("matplotlib"):
+        return False
+    from ._plot import draw_ratios
+
+    figure = draw_ratios(comparisons, caption)
+    _write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return True
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
