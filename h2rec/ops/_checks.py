@@ -16,37 +16,29 @@ _NAMED_ROWS = 5
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    torch._check_type(
-        tensor.is_floating_point(), lambda: f"{name} must be a floating-point tensor, got {tensor.dtype}"
-    )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
 def check_integer(name: str, tensor: Tensor) -> None:
-    torch._check_type(
-        tensor.dtype in INTEGER_DTYPES, lambda: f"{name} must be an integer tensor, got {tensor.dtype}"
-    )
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
 
 
 def check_dim(name: str, tensor: Tensor, shape: Sequence[str]) -> None:
     """``shape`` names the dimensions, e.g. ``("N", "D")``."""
-    torch._check_value(
-        tensor.dim() == len(shape),
-        lambda: f"{name} must have shape [{', '.join(shape)}], got {list(tensor.shape)}",
-    )
+    if tensor.dim() != len(shape):
+        raise ValueError(f"{name} must have shape [{', '.join(shape)}], got {list(tensor.shape)}")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    torch._check_value(
-        tensor.device == other.device,
-        lambda: f"{name} is on {tensor.device}, but {other_name} is on {other.device}",
-    )
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, but {other_name} is on {other.device}")
 
 
 def check_option(name: str, value: str | None, options: Collection[str | None]) -> None:
-    torch._check_value(
-        value in options,
-        lambda: f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}",
-    )
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
 
 
 def checks_values(tensor: Tensor) -> bool:

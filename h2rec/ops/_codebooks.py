@@ -22,29 +22,21 @@ def pack_codebooks(codebooks: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[i
         check_floating(f"codebooks[{level}]", codebook)
         check_dim(f"codebooks[{level}]", codebook, ("K", "D"))
         for what in ("dtype", "device"):
-            torch._check_value(
-                getattr(codebook, what) == getattr(codebooks[0], what),
-                lambda level=level, what=what: (
-                    f"codebooks[{level}] has {what} {getattr(codebooks[level], what)}, "
-                    f"but codebooks[0] has {getattr(codebooks[0], what)}"
-                ),
+            ours, first = getattr(codebook, what), getattr(codebooks[0], what)
+            if ours != first:
+                raise ValueError(f"codebooks[{level}] has {what} {ours}, but codebooks[0] has {first}")
+        if codebook.shape[1] != codebooks[0].shape[1]:
+            raise ValueError(
+                f"codebooks[{level}] has dimension {codebook.shape[1]}, but codebooks[0] has {codebooks[0].shape[1]}"
             )
-        torch._check_value(
-            codebook.shape[1] == codebooks[0].shape[1],
-            lambda level=level: (
-                f"codebooks[{level}] has dimension {codebooks[level].shape[1]}, "
-                f"but codebooks[0] has {codebooks[0].shape[1]}"
-            ),
-        )
     sizes = [codebook.shape[0] for codebook in codebooks]
     _check_sizes(sizes)
     return torch.cat(codebooks), sizes
 
 
 def _check_sizes(sizes: list[int]) -> None:
-    torch._check_value(len(sizes) >= 1, lambda: "codebooks must have at least one level, got none")
+    if not sizes:
+        raise ValueError("codebooks must have at least one level, got none")
     for level, size in enumerate(sizes):
-        torch._check_value(
-            size >= 1,
-            lambda level=level: f"codebooks[{level}] must have at least one codeword, got none",
-        )
+        if size < 1:
+            raise ValueError(f"codebooks[{level}] must have at least one codeword, got none")

@@ -67,13 +67,11 @@ def alignment_loss(
         TypeError: a dtype is wrong.
     """
     check_option("reduction", reduction, ("mean", "sum", "none"))
-    torch._check_value(
-        (codes is None) == (min_shared_codes is None),
-        lambda: (
-            f"codes and min_shared_codes must be given together, got "
-            f"{'no codes' if codes is None else 'codes'} and min_shared_codes={min_shared_codes}"
-        ),
-    )
+    if (codes is None) != (min_shared_codes is None):
+        raise ValueError(
+            f"codes and min_shared_codes must be given together, got {'no codes' if codes is None else 'codes'} "
+            f"and min_shared_codes={min_shared_codes}"
+        )
     if not isinstance(temperature, Tensor):
         temperature = torch.scalar_tensor(temperature, dtype=torch.float64)
     if group is not None:

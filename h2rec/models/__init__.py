@@ -1,0 +1,8 @@
+"""H2Rec and the models that it is compared with."""
+
+from h2rec.models.base import SequentialModel
+from h2rec.models.h2rec import H2Rec
+from h2rec.models.registry import MODELS, build_model, model_settings
+from h2rec.models.sasrec import SASRec
+
+__all__ = ["MODELS", "H2Rec", "SASRec", "SequentialModel", "build_model", "model_settings"]

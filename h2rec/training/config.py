@@ -1,0 +1,250 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+LOSSES = ("auto", "full_softmax", "sampled_softmax", "bce")
+MODELS = ("hash", "semantic", "sum", "h2rec")
+FUSIONS = ("sum", "mean", "adaptive")
+ACCELERATORS = ("auto", "cpu", "gpu")
+
+_PATHS = ("interactions", "sids", "items", "embeddings")
+_COMMON_SETTINGS = ("dim", "num_layers", "num_heads", "max_length", "dropout")
+_H2REC_SETTINGS = (
+    "fusion",
+    "residual",
+    "share_backbone",
+    "alignment_weight",
+    "alignment_temperature",
+    "min_shared_codes",
+    "granularity_weight",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What is trained, on what, and how; checks itself when made.
+
+    Args:
+        interactions: file of interactions (parquet, csv, tsv or RecBole ``.inter``).
+        sids: semantic IDs as ``h2rec tokenize`` writes them.
+        items: file of items; without one the catalog is the interactions' item ids.
+        embeddings: content vectors ``[num_items, D]``; the hash table of every model that has one starts from them.
+        user_column, item_column: names of the raw id columns (``item_column`` in both files).
+        order_column: timestamp or position; ``None`` takes ``timestamp``, ``time`` or ``order`` if there is one, else
+            the order in the file.
+        title_column: column of ``items`` that names an item to a reader.
+        models: which models to train, in this order, all by the same rules.
+        dim, num_layers, num_heads, dropout, max_length: size of every model; sequences keep their latest
+            ``max_length`` items.
+        fusion, residual, share_backbone, alignment_weight, alignment_temperature, min_shared_codes,
+            granularity_weight: of `h2rec.models.H2Rec`, which explains them.
+        co_occurrence: items that occur near each other in training are positives of H2Rec's alignment.
+        loss: ``"full_softmax"`` over the catalog, ``"sampled_softmax"``, ``"bce"`` (the paper's), or ``"auto"``:
+            full up to `h2rec.training.losses.FULL_SOFTMAX_MAX_ITEMS` items, sampled beyond.
+        num_negatives: per position for ``"bce"`` (default 1); shared by the whole batch for ``"sampled_softmax"``
+            (default 1024).
+        batch_size: users per step and process.
+        learning_rate, weight_decay: of AdamW.
+        max_epochs: the most epochs that a model trains.
+        patience: epochs without a better validation NDCG@10 before a model stops.
+        seed: of the starting weights, dropout, batch order and negatives.
+        ranking_negatives: sampled negatives per user in evaluation.
+        mask_history: leave a user's earlier items out of the full ranking (the default keeps them).
+        accelerator, devices: ``"auto"``, ``"cpu"`` or ``"gpu"``, and how many processes train together.
+
+    Raises:
+        ValueError, TypeError: a setting is out of range or of the wrong type; the message names it.
+    """
+
+    interactions: str
+    sids: str
+    items: str | None = None
+    embeddings: str | None = None
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    order_column: str | None = None
+    title_column: str | None = None
+
+    models: tuple[str, ...] = MODELS
+    dim: int = 64
+    num_layers: int = 2
+    num_heads: int = 2
+    dropout: float = 0.2
+    max_length: int = 50
+    fusion: str = "sum"
+    residual: bool = True
+    share_backbone: bool = False
+    alignment_weight: float = 0.1
+    alignment_temperature: float = 0.5
+    min_shared_codes: int | None = None
+    co_occurrence: bool = True
+    granularity_weight: float = 0.1
+
+    loss: str = "auto"
+    num_negatives: int | None = None
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    max_epochs: int = 200
+    patience: int = 10
+    seed: int = 0
+
+    ranking_negatives: int = 100
+    mask_history: bool = False
+
+    accelerator: str = "auto"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("interactions", "sids"):
+            _check_text(name, getattr(self, name))
+        for name in ("items", "embeddings", "order_column", "title_column"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        for name in ("user_column", "item_column"):
+            _check_text(name, getattr(self, name))
+
+        if isinstance(self.models, str) or not all(isinstance(model, str) for model in self.models):
+            raise TypeError(f"models: expected a sequence of names, got {self.models!r}")
+        object.__setattr__(self, "models", tuple(self.models))
+        if not self.models:
+            raise ValueError(f"models: expected at least one of {_known(MODELS)}, got none")
+        for model in self.models:
+            _check_choice("models", model, MODELS)
+        if len(set(self.models)) != len(self.models):
+            raise ValueError(f"models: each may be named once, got {', '.join(self.models)}")
+
+        for name in ("dim", "num_layers", "num_heads", "max_length", "batch_size", "max_epochs", "patience"):
+            _check_integer(name, getattr(self, name), minimum=1)
+        for name in ("devices", "ranking_negatives"):
+            _check_integer(name, getattr(self, name), minimum=1)
+        _check_integer("seed", self.seed, minimum=0)
+        for name in ("num_negatives", "min_shared_codes"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), minimum=1)
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}")
+
+        self._check_number("learning_rate", above=0.0)
+        self._check_number("alignment_temperature", above=0.0)
+        for name in ("weight_decay", "alignment_weight", "granularity_weight"):
+            self._check_number(name, minimum=0.0)
+        self._check_number("dropout", minimum=0.0, below=1.0)
+
+        _check_choice("loss", self.loss, LOSSES)
+        _check_choice("accelerator", self.accelerator, ACCELERATORS)
+        _check_choice("fusion", self.fusion, FUSIONS)
+        for name in ("residual", "share_backbone", "co_occurrence", "mask_history"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+
+    def _check_number(
+        self, name: str, *, minimum: float | None = None, above: float | None = None, below: float | None = None
+    ) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        expected = [
+            text
+            for bound, text in (
+                (minimum, f"at least {minimum}"),
+                (above, f"above {above}"),
+                (below, f"below {below}"),
+            )
+            if bound is not None
+        ]
+        inside = (
+            math.isfinite(value)
+            and (minimum is None or value >= minimum)
+            and (above is None or value > above)
+            and (below is None or value < below)
+        )
+        if not inside:
+            raise ValueError(f"{name}: expected a number {' and '.join(expected)}, got {value!r}")
+        object.__setattr__(self, name, float(value))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Makes a config from plain values, as JSON gives them; an unknown option is a ValueError."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ValueError(f"unknown option {name!r}; {hint}options are {', '.join(names)}")
+        missing = [name for name in ("interactions", "sids") if name not in values]
+        if missing:
+            raise ValueError(f"missing option {' and '.join(map(repr, missing))}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """The inverse of `to_json`."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"config: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected a JSON object of options, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Reads a JSON file; errors name the file."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def with_absolute_paths(self) -> TrainConfig:
+        """The same config with its paths made absolute, so that it means the same from another folder."""
+        paths = {name: getattr(self, name) for name in _PATHS}
+        return dataclasses.replace(
+            self, **{name: str(Path(path).absolute()) for name, path in paths.items() if path is not None}
+        )
+
+    def difference(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Option -> (own value, the other's value), for every option that differs."""
+        pairs = {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+        }
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def model_settings(self, model: str) -> dict[str, Any]:
+        """The settings that `h2rec.models.build_model` takes for one of the models."""
+        names = _COMMON_SETTINGS + (_H2REC_SETTINGS if model == "h2rec" else ())
+        return {name: getattr(self, name) for name in names}
+
+
+def _known(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected text, got {value!r}")
+    if not value:
+        raise ValueError(f"{name}: expected text, got an empty string")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {_known(choices)}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")

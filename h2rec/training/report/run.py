@@ -1,0 +1,100 @@
+"""What the report shows of a run, read from its directory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BASELINE = "hash"
+LABELS = {
+    "hash": "Hash IDs only",
+    "semantic": "Semantic IDs only",
+    "sum": "Hash + semantic, summed",
+    "h2rec": "H2Rec",
+}
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """The files of a run directory, as plain Python values."""
+
+    name: str
+    metrics: dict[str, Any]  # metrics.json
+    config: dict[str, Any]  # config.json, {} when there is none
+    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # model -> column -> one value per epoch
+
+    @property
+    def models(self) -> list[str]:
+        return list(self.metrics["models"])
+
+    def label(self, model: str) -> str:
+        return LABELS.get(model, model)
+
+    def value(self, model: str, protocol: str, group: str, metric: str) -> float:
+        """A test metric, or NaN where the run has none. ``group`` is overall, head, tail, or a band such as "1-9"."""
+        of_protocol = self.metrics["models"][model].get("test", {}).get(protocol, {})
+        of_group = of_protocol.get("bands", {}).get(group) or of_protocol.get(group) or {}
+        value = of_group.get(metric)
+        return math.nan if value is None else float(value)
+
+    def count(self, group: str) -> int:
+        """Test users whose held-out item is in the group; the same for every model."""
+        counts = [self.value(model, "full", group, "count") for model in self.models]
+        return int(next((count for count in counts if not math.isnan(count)), 0))
+
+    def bands(self) -> list[str]:
+        for model in self.metrics["models"].values():
+            bands = model.get("test", {}).get("full", {}).get("bands")
+            if bands:
+                return list(bands)
+        return []
+
+    def gain(self, model: str, protocol: str, group: str, metric: str) -> float:
+        """Relative difference to the model on hash IDs only; NaN where there is nothing to compare with."""
+        if model == BASELINE or BASELINE not in self.metrics["models"]:
+            return math.nan
+        base = self.value(BASELINE, protocol, group, metric)
+        return self.value(model, protocol, group, metric) / base - 1 if base > 0 else math.nan
+
+
+def read_run(run_dir: Path) -> ReportedRun:
+    metrics_path = run_dir / "metrics.json"
+    if not metrics_path.is_file():
+        raise FileNotFoundError(f"{run_dir} has no metrics.json: no model of this run has been evaluated yet")
+    metrics = _read_json(metrics_path)
+    if not isinstance(metrics.get("models"), dict) or not metrics["models"]:
+        raise ValueError(f'{metrics_path} has no "models"')
+    config_path = run_dir / "config.json"
+    config = _read_json(config_path) if config_path.is_file() else {}
+    curves = {model: _read_curves(run_dir / model / "metrics.csv") for model in metrics["models"]}
+    return ReportedRun(run_dir.resolve().name, metrics, config, curves)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_curves(path: Path) -> dict[str, list[float]]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in (rows[0] if rows else {}) if name]
+    return {name: [_number(row[name]) for row in rows] for name in columns}
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan

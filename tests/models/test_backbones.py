@@ -1,0 +1,96 @@
+import copy
+
+import pytest
+import torch
+
+from h2rec.models.backbones import CausalAttention, PositionedInput, SASRecBackbone
+
+
+def attend_plainly(layer, queries, context):
+    _, length, dim = queries.shape
+    head = dim // layer.num_heads
+    query = layer.query(queries)
+    key, value = layer.key_value(context).split(dim, -1)
+    answer = torch.zeros_like(queries)
+    for t in range(length):
+        for start in range(0, dim, head):
+            part = slice(start, start + head)
+            logits = (key[:, : t + 1, part] * query[:, t : t + 1, part]).sum(-1) / head**0.5
+            answer[:, t, part] = (logits.softmax(-1)[..., None] * value[:, : t + 1, part]).sum(1)
+    return layer.output(answer)
+
+
+def test_attention_matches_the_formula():
+    torch.manual_seed(0)
+    layer = CausalAttention(6, 3).double()
+    queries, context = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(queries, context), attend_plainly(layer, queries, context))
+
+
+def test_attention_gradcheck():
+    torch.manual_seed(0)
+    layer = CausalAttention(4, 2).double()
+    queries, context = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(layer, (queries, context))
+
+
+def test_block_matches_the_formula():
+    torch.manual_seed(0)
+    backbone = SASRecBackbone(6, num_layers=1, num_heads=2, dropout=0.0).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    block = backbone.blocks[0]
+    normed = block.attention_norm(x)
+    y = x + attend_plainly(block.attention, normed, normed)
+    y = y + block.contract(block.expand(block.feed_forward_norm(y)).clamp_min(0))
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(backbone(x), y)
+
+
+def test_backbone_is_causal():
+    torch.manual_seed(0)
+    backbone = SASRecBackbone(8).eval()
+    x = torch.randn(3, 6, 8)
+    encoded = backbone(x)
+    for t in range(5):
+        changed = x.clone()
+        changed[:, t + 1 :] = torch.randn(3, 5 - t, 8)
+        assert torch.equal(backbone(changed)[:, : t + 1], encoded[:, : t + 1])
+        assert not torch.allclose(backbone(changed)[:, t + 1 :], encoded[:, t + 1 :])
+
+
+def test_backbone_dropout_acts_in_training_only():
+    backbone = SASRecBackbone(8, dropout=0.5)
+    x = torch.randn(3, 6, 8)
+    assert not torch.equal(backbone(x), backbone(x))
+    backbone.eval()
+    assert torch.equal(backbone(x), backbone(x))
+
+
+def test_positioned_input():
+    layer = PositionedInput(4, 6, dropout=0.0)
+    x = torch.randn(2, 5, 4)
+    expected = 2 * x + layer.position.weight[:5]
+    torch.testing.assert_close(layer(x), expected)
+    levels = torch.stack((x, 3 * x), dim=2)
+    torch.testing.assert_close(layer(levels)[:, :, 0], expected)
+    torch.testing.assert_close(layer(levels)[:, :, 1], 6 * x + layer.position.weight[:5])
+
+
+def test_state_dict_deepcopy_compile_autocast():
+    torch.manual_seed(0)
+    backbone, other = SASRecBackbone(8).eval(), SASRecBackbone(8).eval()
+    other.load_state_dict(backbone.state_dict())
+    x = torch.randn(2, 5, 8)
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    for twin in (other, copy.deepcopy(backbone), compiled):
+        torch.testing.assert_close(twin(x), backbone(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = backbone(x)
+    torch.testing.assert_close(mixed.float(), backbone(x), rtol=0.05, atol=0.05)
+
+
+def test_refuses_bad_sizes():
+    with pytest.raises(ValueError, match="num_heads must divide dim, got num_heads=3 and dim=8"):
+        CausalAttention(8, 3)
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        SASRecBackbone(8, num_layers=0)

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from h2rec import SemanticIds
+from h2rec.layers import HarmonizedEmbedding, HashEmbedding
+from h2rec.models import SASRec
+from h2rec.models.base import scale_tables
+
+
+def test_is_the_backbone_over_scaled_embeddings_and_positions():
+    torch.manual_seed(0)
+    model = SASRec(HashEmbedding(20, 8, padding_idx=20), max_length=6).eval()
+    items, lengths = torch.randint(20, (2, 5)), torch.tensor([5, 3])
+    vectors = model.embedding(items) * 8**0.5 + model.input.position.weight[:5]
+    torch.testing.assert_close(model.encode(items, lengths), model.backbone(vectors))
+
+
+def test_sparse_gradients_of_the_hash_table():
+    model = SASRec(HashEmbedding(20, 8, padding_idx=20, sparse=True), max_length=6)
+    model.encode(torch.tensor([[3, 4, 20]]), torch.tensor([2])).sum().backward()
+    assert model.embedding.hash_table.grad.is_sparse
+
+
+def test_scale_tables_keeps_the_codebooks_proportions():
+    sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 4))
+    embedding = HarmonizedEmbedding(sids, 4, fusion="none", pooling="levels", padding_idx=5)
+    codebooks = list(embedding.codebooks)
+    with torch.no_grad():
+        codebooks[0].normal_().mul_(10)
+        codebooks[1].normal_()
+        embedding.hash_table.normal_()
+    before = [codebook.clone() for codebook in codebooks]
+    scale_tables(embedding)
+    flat = torch.cat([codebook.detach().flatten() for codebook in codebooks])
+    assert flat.square().mean().sqrt().item() == pytest.approx(0.02)
+    assert embedding.hash_table.square().mean().sqrt().item() == pytest.approx(0.02)
+    factors = torch.cat([(new / old).flatten() for new, old in zip(codebooks, before, strict=True)])
+    torch.testing.assert_close(factors, factors[:1].expand_as(factors))
+
+
+def test_refuses_unfit_embeddings():
+    with pytest.raises(ValueError, match="embedding.padding_idx must be num_embeddings=20, got None"):
+        SASRec(HashEmbedding(20, 8))
+    sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 3))
+    pair = HarmonizedEmbedding(sids, 4, fusion="none", padding_idx=5)
+    with pytest.raises(ValueError, match="embedding must return one vector per item"):
+        SASRec(pair)
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        SASRec(HashEmbedding(20, 8, padding_idx=20), max_length=0)

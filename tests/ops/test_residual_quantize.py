@@ -1,0 +1,188 @@
+import itertools
+
+import pytest
+import torch
+
+from h2rec import ops
+from h2rec.testing import assert_nearest_codes
+
+OPERATOR = "residual_quantize"
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+SHAPES = [  # rows, dimension, sizes of the levels
+    (0, 8, [4, 4]),
+    (1, 1, [1]),
+    (7, 20, [33, 33, 33]),
+    (129, 37, [5, 300, 1, 17]),
+    (63, 64, [256] * 4),
+    (64, 3, [10_000]),
+    (65, 24, [7] * 16),
+]
+
+
+def make_inputs(shape, dtype, device, generator):
+    num_rows, dim, sizes = shape
+    x = torch.randn(num_rows, dim, generator=generator).to(device, dtype)
+    codebooks = [torch.randn(k, dim, generator=generator).to(device, dtype) / (level + 1) for level, k in enumerate(sizes)]
+    return x, codebooks
+
+
+def beam_search(x, codebooks, beam_size):
+    """The definition, one row at a time, in fp64: ties go to the earlier parent, then to the lower code."""
+    errors, codes = [], []
+    for row in x.double():
+        beams = [((), torch.zeros_like(row))]
+        for codebook in codebooks:
+            extended = [
+                ((row - partial - codeword).square().sum().item(), parent, code, (*path, code), partial + codeword)
+                for parent, (path, partial) in enumerate(beams)
+                for code, codeword in enumerate(codebook.double())
+            ]
+            extended.sort(key=lambda candidate: candidate[:3])
+            beams = [(path, partial) for *_, path, partial in extended[:beam_size]]
+        codes.append(beams[0][0])
+        errors.append((row - beams[0][1]).square().sum().item())
+    return torch.tensor(errors, dtype=torch.float64), torch.tensor(codes, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_are_nearest(backend, shape, dtype, device, generator):
+    x, codebooks = make_inputs(shape, dtype, device, generator)
+    quantized, codes = ops.residual_quantize(x, codebooks)
+    assert quantized.dtype == dtype
+    assert_nearest_codes(x, codebooks, quantized, codes)
+
+
+def test_ties_go_to_the_lowest_index(backend, device, generator):
+    grid = torch.tensor(list(itertools.product([-1.0, 0.0, 1.0], repeat=3)), device=device)  # small integers: exact
+    codebook = torch.cat([grid, grid])  # each codeword twice
+    x = torch.randint(-3, 4, (200, 3), generator=generator).to(device, torch.float32)
+    _, codes = ops.residual_quantize(x, [codebook, codebook])
+    _, expected = beam_search(x.cpu(), [codebook.cpu()] * 2, beam_size=1)
+    assert torch.equal(codes.cpu(), expected)
+    assert codes.max() < len(grid)
+
+
+@pytest.mark.parametrize("beam_size", [2, 3, 8, 1000])
+def test_beam_search_matches_its_definition(backend, beam_size, device, generator):
+    x = torch.randint(-4, 5, (20, 3), generator=generator).to(device, torch.float32)  # exact arithmetic, many ties
+    codebooks = [torch.randint(-2, 3, (k, 3), generator=generator).to(device, torch.float32) for k in (4, 5, 3)]
+    quantized, codes = ops.residual_quantize(x, codebooks, beam_size=beam_size)
+    errors, expected = beam_search(x.cpu(), [c.cpu() for c in codebooks], beam_size)
+    assert torch.equal(codes.cpu(), expected)
+    assert torch.equal((x - quantized).square().sum(1).double().cpu(), errors)
+
+
+def test_wide_beam_reaches_the_error_of_an_fp64_search(backend, device, generator):
+    x, codebooks = make_inputs((20, 16, [20, 20, 20]), torch.float32, device, generator)
+    quantized, _ = ops.residual_quantize(x, codebooks, beam_size=4)
+    expected, _ = beam_search(x.cpu(), [c.cpu() for c in codebooks], 4)
+    error = (x - quantized).square().sum(1).double().cpu()
+    assert error.mean().item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    single, _ = ops.residual_quantize(x, codebooks)
+    assert error.mean() < (x - single).square().sum(1).mean()
+
+
+def test_tensor_and_sequence_of_codebooks_agree(backend, device, generator):
+    x = torch.randn(30, 6, generator=generator).to(device)
+    codebooks = torch.randn(3, 9, 6, generator=generator).to(device)
+    for actual, expected in zip(
+        ops.residual_quantize(x, codebooks), ops.residual_quantize(x, list(codebooks)), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_strided_input(backend, device, generator):
+    wide = torch.randn(40, 12, generator=generator).to(device)
+    books = torch.randn(2, 5, 12, generator=generator).to(device)
+    x, codebooks = wide[::3, ::2], books[:, :, ::2]
+    assert not x.is_contiguous()
+    for actual, expected in zip(
+        ops.residual_quantize(x, codebooks),
+        ops.residual_quantize(x.contiguous(), codebooks.contiguous()),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_half_precision_vectors_meet_fp32_codebooks(backend, device, generator):
+    x, codebooks = make_inputs((50, 10, [20, 20]), torch.float32, device, generator)
+    half = x.half()
+    quantized, codes = ops.residual_quantize(half, codebooks)
+    assert quantized.dtype == torch.float16
+    assert torch.equal(codes, ops.residual_quantize(half.float(), codebooks)[1])
+
+
+def test_gradient_scatters_to_the_chosen_rows(backend, device, generator):
+    x, codebooks = make_inputs((50, 6, [7, 3]), torch.float32, device, generator)
+    codebooks = [codebook.requires_grad_() for codebook in codebooks]
+    x.requires_grad_()
+    quantized, codes = ops.residual_quantize(x, codebooks)
+    cotangent = torch.randn(quantized.shape, generator=generator).to(device)
+    quantized.backward(cotangent)
+    assert x.grad is None
+    for level, codebook in enumerate(codebooks):
+        one_hot = torch.nn.functional.one_hot(codes[:, level].long(), len(codebook)).double()
+        torch.testing.assert_close(codebook.grad.double(), one_hot.T @ cotangent.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_gradcheck(backend, device, generator):
+    x, codebooks = make_inputs((9, 4, [5, 3]), torch.float64, device, generator)
+    codebooks = [codebook.requires_grad_() for codebook in codebooks]
+    assert torch.autograd.gradcheck(lambda *books: ops.residual_quantize(x, books)[0], codebooks)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_opcheck(backend, beam_size, device, generator):
+    x, codebooks = make_inputs((9, 4, [5, 3]), torch.float32, device, generator)
+    packed = torch.cat(codebooks).requires_grad_()
+    torch.library.opcheck(torch.ops.h2rec.residual_quantize.default, (x, packed, [5, 3], beam_size))
+
+
+def test_compiles_without_graph_breaks(backend, device, generator):
+    x, codebooks = make_inputs((9, 4, [5, 3]), torch.float32, device, generator)
+    compiled = torch.compile(ops.residual_quantize, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(x, codebooks), ops.residual_quantize(x, codebooks), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_number_of_threads_changes_nothing(backend, device, generator):
+    x, codebooks = make_inputs((500, 32, [64, 64, 64]), torch.float32, device, generator)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(ops.residual_quantize(x, codebooks, beam_size=2)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+X, C = torch.zeros(3, 4), torch.zeros(2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "codebooks", "beam_size", "error", "message"),
+    [
+        (torch.zeros(3), C, 1, ValueError, r"x must have shape \[N, D\], got \[3\]"),
+        (torch.zeros(3, 4, dtype=torch.int64), C, 1, TypeError, "x must be a floating-point tensor, got torch.int64"),
+        (X, torch.zeros(2, 5, 3), 1, ValueError, "x has dimension 4, but codebooks has 3"),
+        (X, torch.zeros(5, 4), 1, ValueError, r"codebooks must have shape \[L, K, D\], got \[5, 4\]"),
+        (X, C.int(), 1, TypeError, "codebooks must be a floating-point tensor"),
+        (X, [], 1, ValueError, "codebooks must have at least one level"),
+        (X, [torch.zeros(2, 4), torch.zeros(0, 4)], 1, ValueError, r"codebooks\[1\] must have at least one codeword"),
+        (X, [torch.zeros(2, 4), torch.zeros(2, 3)], 1, ValueError, r"codebooks\[1\] has dimension 3"),
+        (X, [torch.zeros(2, 4), torch.zeros(2, 4).half()], 1, ValueError, r"codebooks\[1\] has dtype torch.float16"),
+        (X, C, 0, ValueError, "beam_size must be at least 1, got 0"),
+        (torch.full((3, 4), torch.nan), C, 1, ValueError, "x must be finite, but 3 of 3 rows .*rows 0, 1, 2"),
+        (X.index_fill(0, torch.tensor(1), torch.inf), C, 1, ValueError, r"1 of 3 rows hold NaN or infinity \(row 1\)"),
+    ],
+)
+def test_bad_input(x, codebooks, beam_size, error, message):
+    with pytest.raises(error, match=message):
+        ops.residual_quantize(x, codebooks, beam_size=beam_size)
+    if "finite" not in message and "infinity" not in message:  # values are not known when tracing
+        meta = [c.to("meta") for c in codebooks] if isinstance(codebooks, list) else codebooks.to("meta")
+        with pytest.raises(error, match=message):
+            ops.residual_quantize(x.to("meta"), meta, beam_size=beam_size)
