@@ -2,62 +2,80 @@
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ._harness import Comparison
 
-BAR_INCHES = 0.26
+ROW_INCHES = 0.24
+TITLE_INCHES = 0.5
+ALL_TICKS_RATIO = 60  # an axis that spans more than this has no room for ticks at 2 and 5
 
 
 def draw_ratios(comparisons: Sequence[Comparison], caption: str) -> Figure:
     """Bars start at 1, the baseline: to the right is faster, to the left slower; the line is the spread."""
-    groups = [(c, [column.name for column in c.columns if column.name != c.baseline]) for c in comparisons]
-    groups = [(comparison, names) for comparison, names in groups if names]
-    operators = list(dict.fromkeys(comparison.operator for comparison, _ in groups))
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(n for _, names in groups for n in names))}
+    rivals = [c for c in comparisons if len(c.columns) > 1]
+    operators = sorted({comparison.operator for comparison in rivals})
+    by_operator = [[c for c in rivals if c.operator == operator] for operator in operators]
+    names = dict.fromkeys(column.name for c in rivals for column in c.columns if column.name != c.baseline)
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
 
-    rows = [sum(len(names) + 1 for c, names in groups if c.operator == operator) for operator in operators]
-    height = BAR_INCHES * sum(rows) + 0.9 * len(operators) + 0.8
+    # A comparison takes a row for its heading in place of its baseline.
+    rows = [sum(len(comparison.columns) for comparison in group) for group in by_operator]
+    height = ROW_INCHES * sum(rows) + TITLE_INCHES * (len(operators) + 2)
     figure = Figure(figsize=(10, height), layout="constrained")
-    axes = figure.subplots(len(operators), 1, squeeze=False, height_ratios=rows, sharex=True)[:, 0]
-    for axis, operator in zip(axes, operators, strict=True):
-        _draw_operator(axis, [(c, names) for c, names in groups if c.operator == operator], colours)
-        axis.set_title(operator, loc="left", fontweight="bold")
-    axes[-1].set_xlabel(
-        "ratio to the baseline's median time (above 1 is faster); line: range over the rounds"
-    )
-    figure.suptitle(caption, fontsize=8)
+    figure.suptitle(caption, fontsize=9)
+    figure.supxlabel("times as fast as the baseline (medians); line: range over the rounds", fontsize=9)
+    if not rivals:
+        return figure
+    all_axes = figure.subplots(len(operators), 1, squeeze=False, height_ratios=rows, sharex=True)[:, 0]
+    for axes, operator, group in zip(all_axes, operators, by_operator, strict=True):
+        axes.set_title(operator, loc="left", fontweight="bold")
+        _draw_operator(axes, group, colours)
+    _set_ratio_axis(all_axes)
     return figure
 
 
-def _draw_operator(axis, groups, colours) -> None:
-    labels, places, place = [], [], 0.0
-    for comparison, names in groups:
-        for name in names:
-            ratio = comparison.ratio(name)
-            axis.barh(place, ratio.of_medians - 1, left=1, height=0.8, color=colours[name])
-            axis.plot([ratio.lowest, ratio.highest], [place, place], color="black", linewidth=1)
-            right = max(ratio.highest, ratio.of_medians, 1)
-            axis.annotate(
+def _draw_operator(axes: Axes, comparisons: Sequence[Comparison], colours: dict[str, str]) -> None:
+    labels: list[str] = []
+    headings = []
+    for comparison in comparisons:
+        headings.append(len(labels))
+        labels.append(f"{comparison.case}  {comparison.shape}")
+        for column in comparison.columns:
+            if column.name == comparison.baseline:
+                continue
+            ratio, place = comparison.ratio(column.name), len(labels)
+            axes.barh(place, ratio.of_medians - 1, left=1, height=0.8, color=colours[column.name])
+            axes.plot([ratio.lowest, ratio.highest], [place, place], color="black", linewidth=1)
+            axes.annotate(
                 f"{ratio.of_medians:.2f}",
-                (right, place),
-                (4, 0),
+                (max(ratio.highest, 1), place),
+                (5, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
             )
-            labels.append(f"{comparison.case}  {comparison.shape}   {name} / {comparison.baseline}")
-            places.append(place)
-            place += 1
-        place += 0.6
-    axis.set_yticks(places, labels, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.axvline(1, color="black", linewidth=1)
-    axis.grid(axis="x", linewidth=0.4)
-    axis.set_axisbelow(True)
-    axis.margins(x=0.12)
+            labels.append(f"{column.name} / {comparison.baseline}")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    for heading in headings:
+        axes.get_yticklabels()[heading].set_fontweight("bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _set_ratio_axis(all_axes: Sequence[Axes]) -> None:
+    for axes in all_axes:
+        axes.set_xscale("log")
+        axes.margins(x=0.12)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.grid(axis="x", linewidth=0.4)
+        axes.set_axisbelow(True)
+    low, high = all_axes[0].get_xlim()
+    subs = (1, 2, 5) if high / low < ALL_TICKS_RATIO else (1,)
+    for axes in all_axes:
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.tick_params(axis="x", labelbottom=True, labelsize=8)

@@ -66,15 +66,15 @@ def format_amount(amount: float, unit: str) -> str:
 
 
 def render_tables(comparisons: Sequence[Comparison], width: int) -> str:
-    """A table per operator, by rich where it is installed."""
+    """A table per operator, by rich where it is installed; columns that would be empty are left out."""
     by_operator = groupby(sorted(comparisons, key=lambda c: c.operator), key=lambda c: c.operator)
     render = _render_rich if importlib.util.find_spec("rich") else _render_plain
-    parts = [
-        render(
-            operator, [row for comparison in group for row in _without_repeats(table_rows(comparison))], width
-        )
-        for operator, group in by_operator
-    ]
+    parts = []
+    for operator, group in by_operator:
+        rows = [HEADER, *(row for comparison in group for row in _without_repeats(table_rows(comparison)))]
+        columns = [cells for cells in zip(*rows, strict=True) if any(cells[1:])]
+        header, *body = zip(*columns, strict=True)
+        parts.append(render(operator, header, body, width))
     return "\n".join([*parts, FOOTNOTE])
 
 
@@ -83,21 +83,21 @@ def _without_repeats(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [row if i == 0 else ("", "", *row[2:]) for i, row in enumerate(rows)]
 
 
-def _render_plain(title: str, rows: list[tuple[str, ...]], width: int) -> str:
-    widths = [max(map(len, cells)) for cells in zip(HEADER, *rows, strict=True)]
+def _render_plain(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], width: int) -> str:
+    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
-        for row in [HEADER, tuple("-" * size for size in widths), *rows]
+        for row in [header, tuple("-" * size for size in widths), *rows]
     ]
     return "\n".join(["", title, *lines])
 
 
-def _render_rich(title: str, rows: list[tuple[str, ...]], width: int) -> str:
+def _render_rich(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], width: int) -> str:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for name in HEADER:
+    for name in header:
         right = name in ("median", "ratio", "peak memory")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for i, row in enumerate(rows):

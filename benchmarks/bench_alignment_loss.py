@@ -22,11 +22,7 @@ class Shape(NamedTuple):
     L: int  # levels
 
 
-@pytest.mark.shapes(
-    small=[Shape(256, 32, 4)],
-    paper=[Shape(1024, 64, 4), Shape(8192, 64, 4)],
-    production=[Shape(8192, 256, 4)],
-)
+@pytest.mark.shapes(small=[Shape(256, 32, 4)], paper=[Shape(1024, 64, 4)], production=[Shape(8192, 64, 4)])
 def bench_forward_backward(compare, shape, device):
     generator = torch.Generator().manual_seed(0)
     num_items, codebook_size = 20_000, 128

@@ -33,6 +33,7 @@ def bench_encode(compare, shape, device):
     compare(
         {
             "addmm + argmin": lambda: eager.residual_quantize(x, codebooks),
+            "addmm + argmin, chunks": lambda: eager.residual_quantize_in_chunks(x, codebooks),
             **h2rec_columns("residual_quantize", lambda: ops.residual_quantize(x, codebooks), device.type),
         },
         baseline="addmm + argmin",
