@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from h2rec import ops
+from h2rec.ops.vector_batches import VectorSource, vector_batches
 
 _FORMAT = "h2rec.semantic_ids"
 _VERSION = 1
+_APPEND_BATCH = 65_536
 _MAX_CODEBOOK_SIZE = 2**31 - 1
 # What safetensors itself accepts.
 _MAX_HEADER_BYTES = 100_000_000
@@ -163,11 +165,12 @@ class SemanticIds:
             )
         return torch.from_numpy(order[start:stop].copy())
 
-    def append(self, new_vectors: Tensor, *, beam_size: int = 1) -> "SemanticIds":
+    def append(self, new_vectors: VectorSource, *, beam_size: int = 1) -> "SemanticIds":
         """Gives new items the ids after the existing ones, whose codes stay as they are.
 
         Args:
-            new_vectors: ``[M, D]``, floating point, encoded with the codebooks.
+            new_vectors: ``[M, D]``, floating point, or batches of such rows (see
+                :func:`h2rec.ops.vector_batches.vector_batches`).
             beam_size: as in :func:`h2rec.ops.residual_quantize`; take what the catalog was encoded with.
 
         Returns:
@@ -180,7 +183,6 @@ class SemanticIds:
             raise ValueError("these SemanticIds have no codebooks, so new_vectors cannot be encoded")
         codes = [self.codes]
         for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors"):
-            _check_dim(batch, self.codebooks)
             codes.append(ops.residual_quantize(batch.cpu(), self.codebooks, beam_size=beam_size)[1])
         codes = torch.cat(codes)
         appended = int(self.provenance.get("appended_items", 0)) + len(codes) - self.num_items

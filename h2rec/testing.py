@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def zipf_ids(shape: Sequence[int], num_items: int, generator: torch.Generator, exponent: float = 1.05) -> Tensor:
+def zipf_ids(
+    shape: Sequence[int], num_items: int, generator: torch.Generator, exponent: float = 1.05
+) -> Tensor:
     """Item ids ``[*shape]`` int64 whose popularity falls as ``rank^-exponent``; ranks are spread over the ids."""
     weights = torch.arange(1, num_items + 1, dtype=torch.float64).pow(-exponent)
     cumulative = weights.cumsum(0) / weights.sum()
@@ -27,7 +29,9 @@ def assert_as_accurate_as_eager(actual: Tensor, eager: Tensor, exact: Tensor) ->
     error = (actual.double() - exact).abs().max().item()
     eager_error = (eager.double() - exact).abs().max().item()
     floor = torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    assert error <= 2 * eager_error + floor, f"error {error:.3g}, eager code's {eager_error:.3g}, floor {floor:.3g}"
+    assert error <= 2 * eager_error + floor, (
+        f"error {error:.3g}, eager code's {eager_error:.3g}, floor {floor:.3g}"
+    )
 
 
 def assert_nearest_codes(x: Tensor, codebooks: Sequence[Tensor], quantized: Tensor, codes: Tensor) -> None:
@@ -47,10 +51,14 @@ def assert_nearest_codes(x: Tensor, codebooks: Sequence[Tensor], quantized: Tens
         level_codes = codes[:, level].long()
         assert level_codes.min() >= 0
         assert level_codes.max() < rows.shape[0]
-        distances = torch.cdist(residual, rows, compute_mode="donot_use_mm_for_euclid_dist").square()  # [N, K]
+        distances = torch.cdist(
+            residual, rows, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square()  # [N, K]
         excess = distances.gather(1, level_codes[:, None]).squeeze(1) - distances.min(1).values
         bound = 1e-5 * distances.mean().item()
-        assert excess.max().item() <= bound, f"level {level}: excess distance {excess.max():.3g} > {bound:.3g}"
+        assert excess.max().item() <= bound, (
+            f"level {level}: excess distance {excess.max():.3g} > {bound:.3g}"
+        )
         total += rows[level_codes]
         residual = residual - rows[level_codes]
     eager = sum(

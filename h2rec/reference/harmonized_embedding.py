@@ -107,21 +107,20 @@ def harmonized_embedding_backward(
     item_codes = None if codes is None else codes[ids].to(torch.int64)
     some_grad = grad_first if grad_first is not None else grad_hashed
     dtype = some_grad.dtype
-    compute = torch.promote_types(dtype, torch.float32)
     if combine is not None:
         grad_first, grad_hashed = _split_combined(grad_first, combine, hash_dim)
 
     grad_codebooks = some_grad.new_empty(0)
     if codebook_dim and grad_first is not None:
         width = codebook_dim * (len(sizes) if pooling in ("levels", "concat") else 1)
-        grad = grad_first.reshape(-1, width)[valid].to(compute)
+        grad = grad_first.reshape(-1, width)[valid]
         grad = _unpool(grad, pooling, len(sizes), codebook_dim)  # [T, L, D]
         rows = _codebook_rows(item_codes, sizes)  # [T, L]
         grad_codebooks = _sum_by_row(grad.flatten(0, 1), rows.flatten(), sum(sizes)).to(dtype)
 
     grad_table, grad_rows = some_grad.new_empty(0), item_ids.new_empty(0, dtype=torch.int64)
     if num_rows and grad_hashed is not None:
-        grad = grad_hashed.reshape(-1, hash_dim)[valid].to(compute)  # [T, D_h]
+        grad = grad_hashed.reshape(-1, hash_dim)[valid]  # [T, D_h]
         rows = hash_rows(ids, item_codes, hash_mode, hash_constants, divisor, num_rows)  # [T, k]
         grad = grad.unsqueeze(1).expand(-1, rows.shape[1], -1).flatten(0, 1)
         rows = rows.flatten()
@@ -164,7 +163,7 @@ def _unpool(grad: Tensor, pooling: str, num_levels: int, dim: int) -> Tensor:
     if pooling in ("levels", "concat"):
         return grad.reshape(-1, num_levels, dim)
     if pooling == "mean":
-        grad = grad / num_levels
+        grad = grad.double() / num_levels
     return grad.unsqueeze(1).expand(-1, num_levels, -1)
 
 
@@ -179,10 +178,10 @@ def _split_combined(grad: Tensor, combine: str, hash_dim: int) -> tuple[Tensor, 
     if combine == "concat":
         return grad[..., :-hash_dim], grad[..., -hash_dim:]
     if combine == "mean":
-        grad = grad / 2
+        grad = grad.double() / 2
     return grad, grad
 
 
 def _sum_by_row(grad: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """``out[r] = sum of grad[i] with rows[i] == r``, in an order that is fixed on every device (no atomics)."""
-    return torch.ops.aten.embedding_dense_backward(grad, rows, num_rows, -1, False)
+    """``out[r] = sum of grad[i] with rows[i] == r``, in fp64 and in an order fixed on every device (no atomics)."""
+    return torch.ops.aten.embedding_dense_backward(grad.double(), rows, num_rows, -1, False)

@@ -146,7 +146,12 @@ class TrainConfig:
                 raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
 
     def _check_number(
-        self, name: str, *, minimum: float | None = None, above: float | None = None, below: float | None = None
+        self,
+        name: str,
+        *,
+        minimum: float | None = None,
+        above: float | None = None,
+        below: float | None = None,
     ) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):

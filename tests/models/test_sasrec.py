@@ -39,7 +39,7 @@ def test_scale_tables_keeps_the_codebooks_proportions():
 
 
 def test_refuses_unfit_embeddings():
-    with pytest.raises(ValueError, match="embedding.padding_idx must be num_embeddings=20, got None"):
+    with pytest.raises(ValueError, match=r"embedding\.padding_idx must be num_embeddings=20, got None"):
         SASRec(HashEmbedding(20, 8))
     sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 3))
     pair = HarmonizedEmbedding(sids, 4, fusion="none", padding_idx=5)

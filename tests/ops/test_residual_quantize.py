@@ -23,7 +23,10 @@ SHAPES = [  # rows, dimension, sizes of the levels
 def make_inputs(shape, dtype, device, generator):
     num_rows, dim, sizes = shape
     x = torch.randn(num_rows, dim, generator=generator).to(device, dtype)
-    codebooks = [torch.randn(k, dim, generator=generator).to(device, dtype) / (level + 1) for level, k in enumerate(sizes)]
+    codebooks = [
+        torch.randn(k, dim, generator=generator).to(device, dtype) / (level + 1)
+        for level, k in enumerate(sizes)
+    ]
     return x, codebooks
 
 
@@ -34,7 +37,13 @@ def beam_search(x, codebooks, beam_size):
         beams = [((), torch.zeros_like(row))]
         for codebook in codebooks:
             extended = [
-                ((row - partial - codeword).square().sum().item(), parent, code, (*path, code), partial + codeword)
+                (
+                    (row - partial - codeword).square().sum().item(),
+                    parent,
+                    code,
+                    (*path, code),
+                    partial + codeword,
+                )
                 for parent, (path, partial) in enumerate(beams)
                 for code, codeword in enumerate(codebook.double())
             ]
@@ -54,7 +63,9 @@ def test_codes_are_nearest(backend, shape, dtype, device, generator):
 
 
 def test_ties_go_to_the_lowest_index(backend, device, generator):
-    grid = torch.tensor(list(itertools.product([-1.0, 0.0, 1.0], repeat=3)), device=device)  # small integers: exact
+    grid = torch.tensor(
+        list(itertools.product([-1.0, 0.0, 1.0], repeat=3)), device=device
+    )  # small integers: exact
     codebook = torch.cat([grid, grid])  # each codeword twice
     x = torch.randint(-3, 4, (200, 3), generator=generator).to(device, torch.float32)
     _, codes = ops.residual_quantize(x, [codebook, codebook])
@@ -65,8 +76,12 @@ def test_ties_go_to_the_lowest_index(backend, device, generator):
 
 @pytest.mark.parametrize("beam_size", [2, 3, 8, 1000])
 def test_beam_search_matches_its_definition(backend, beam_size, device, generator):
-    x = torch.randint(-4, 5, (20, 3), generator=generator).to(device, torch.float32)  # exact arithmetic, many ties
-    codebooks = [torch.randint(-2, 3, (k, 3), generator=generator).to(device, torch.float32) for k in (4, 5, 3)]
+    x = torch.randint(-4, 5, (20, 3), generator=generator).to(
+        device, torch.float32
+    )  # exact arithmetic, many ties
+    codebooks = [
+        torch.randint(-2, 3, (k, 3), generator=generator).to(device, torch.float32) for k in (4, 5, 3)
+    ]
     quantized, codes = ops.residual_quantize(x, codebooks, beam_size=beam_size)
     errors, expected = beam_search(x.cpu(), [c.cpu() for c in codebooks], beam_size)
     assert torch.equal(codes.cpu(), expected)
@@ -123,7 +138,9 @@ def test_gradient_scatters_to_the_chosen_rows(backend, device, generator):
     assert x.grad is None
     for level, codebook in enumerate(codebooks):
         one_hot = torch.nn.functional.one_hot(codes[:, level].long(), len(codebook)).double()
-        torch.testing.assert_close(codebook.grad.double(), one_hot.T @ cotangent.double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            codebook.grad.double(), one_hot.T @ cotangent.double(), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_gradcheck(backend, device, generator):
@@ -166,17 +183,41 @@ X, C = torch.zeros(3, 4), torch.zeros(2, 5, 4)
     ("x", "codebooks", "beam_size", "error", "message"),
     [
         (torch.zeros(3), C, 1, ValueError, r"x must have shape \[N, D\], got \[3\]"),
-        (torch.zeros(3, 4, dtype=torch.int64), C, 1, TypeError, "x must be a floating-point tensor, got torch.int64"),
+        (
+            torch.zeros(3, 4, dtype=torch.int64),
+            C,
+            1,
+            TypeError,
+            "x must be a floating-point tensor, got torch.int64",
+        ),
         (X, torch.zeros(2, 5, 3), 1, ValueError, "x has dimension 4, but codebooks has 3"),
         (X, torch.zeros(5, 4), 1, ValueError, r"codebooks must have shape \[L, K, D\], got \[5, 4\]"),
         (X, C.int(), 1, TypeError, "codebooks must be a floating-point tensor"),
         (X, [], 1, ValueError, "codebooks must have at least one level"),
-        (X, [torch.zeros(2, 4), torch.zeros(0, 4)], 1, ValueError, r"codebooks\[1\] must have at least one codeword"),
+        (
+            X,
+            [torch.zeros(2, 4), torch.zeros(0, 4)],
+            1,
+            ValueError,
+            r"codebooks\[1\] must have at least one codeword",
+        ),
         (X, [torch.zeros(2, 4), torch.zeros(2, 3)], 1, ValueError, r"codebooks\[1\] has dimension 3"),
-        (X, [torch.zeros(2, 4), torch.zeros(2, 4).half()], 1, ValueError, r"codebooks\[1\] has dtype torch.float16"),
+        (
+            X,
+            [torch.zeros(2, 4), torch.zeros(2, 4).half()],
+            1,
+            ValueError,
+            r"codebooks\[1\] has dtype torch.float16",
+        ),
         (X, C, 0, ValueError, "beam_size must be at least 1, got 0"),
         (torch.full((3, 4), torch.nan), C, 1, ValueError, "x must be finite, but 3 of 3 rows .*rows 0, 1, 2"),
-        (X.index_fill(0, torch.tensor(1), torch.inf), C, 1, ValueError, r"1 of 3 rows hold NaN or infinity \(row 1\)"),
+        (
+            X.index_fill(0, torch.tensor(1), torch.inf),
+            C,
+            1,
+            ValueError,
+            r"1 of 3 rows hold NaN or infinity \(row 1\)",
+        ),
     ],
 )
 def test_bad_input(x, codebooks, beam_size, error, message):

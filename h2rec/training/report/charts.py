@@ -84,7 +84,9 @@ def curve_chart(run: ReportedRun, column: str, label: str) -> str:
             continue
         place = _place(run, model)
         colour = _colour(run, model)
-        axes.plot(*zip(*points, strict=True), color=colour, dashes=_DASHES[place], label=_text(run.label(model)))
+        axes.plot(
+            *zip(*points, strict=True), color=colour, dashes=_DASHES[place], label=_text(run.label(model))
+        )
         best = run.metrics["models"][model].get("best_epoch")
         kept = [point for point in points if point[0] == best]
         axes.plot(*zip(*(kept or points[-1:]), strict=True), _MARKERS[place], color=colour, markersize=6)

@@ -234,7 +234,8 @@ def _settings(run: ReportedRun) -> str:
     if not run.config:
         return "<p>The run directory has no config.json.</p>"
     rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _flat(run.config).items()
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in _flat(run.config).items()
     )
     return f'<dl class="settings">{rows}</dl>'
 
@@ -275,4 +276,6 @@ def _duration(seconds: float | None) -> str:
         return _NO_VALUE
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    )

@@ -25,7 +25,9 @@ class ReportedRun:
     name: str
     metrics: dict[str, Any]  # metrics.json
     config: dict[str, Any]  # config.json, {} when there is none
-    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # model -> column -> one value per epoch
+    curves: dict[str, dict[str, list[float]]] = field(
+        default_factory=dict
+    )  # model -> column -> one value per epoch
 
     @property
     def models(self) -> list[str]:

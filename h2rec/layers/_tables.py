@@ -1,0 +1,108 @@
+"""Parameters and buffers that several embedding layers have."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from h2rec.ops import Hashing
+from h2rec.semantic_ids import SemanticIds
+
+
+def make_codebooks(sids: SemanticIds, embedding_dim: int) -> nn.Parameter | nn.ParameterList:
+    """``[L, K, D]``, or one ``[K_l, D]`` per level if the sizes differ; the SIDs' own codebooks where they fit.
+
+    Drawn codewords have the standard deviation 1 / sqrt(L), so that the sum of L has that of ``nn.Embedding``.
+    """
+    books = sids.codebooks
+    if books is None or books[0].shape[1] != embedding_dim:
+        scale = 1 / math.sqrt(sids.num_levels)
+        books = [torch.randn(size, embedding_dim) * scale for size in sids.codebook_sizes]
+    if len(set(sids.codebook_sizes)) == 1:
+        return nn.Parameter(torch.stack([book.detach().clone() for book in books]))
+    return nn.ParameterList(nn.Parameter(book.detach().clone()) for book in books)
+
+
+def as_levels(codebooks: nn.Parameter | nn.ParameterList) -> Tensor | Sequence[Tensor]:
+    return codebooks if isinstance(codebooks, Tensor) else list(codebooks)
+
+
+def make_hashing(
+    mode: str, num_embeddings: int, num_buckets: int | None, num_hashes: int
+) -> tuple[Hashing, int]:
+    """The hashing of ids in [0, num_embeddings) and the number of rows of its table.
+
+    Raises:
+        ValueError: an unknown mode, or a number of buckets that the mode cannot have.
+    """
+    if mode == "direct":
+        if num_buckets not in (None, num_embeddings):
+            raise ValueError(
+                f"num_buckets must be None or num_embeddings = {num_embeddings} with mode='direct', got {num_buckets}"
+            )
+        return Hashing.direct(), num_embeddings
+    if mode == "multi":
+        if num_buckets is None or num_buckets < 1:
+            raise ValueError(f"num_buckets must be at least 1 with mode='multi', got {num_buckets}")
+        return Hashing.multi(num_hashes), num_buckets
+    if mode == "qr":
+        if num_buckets is None:
+            divisor = math.isqrt(max(num_embeddings - 1, 0)) + 1
+        else:
+            divisor = _divisor_for(num_embeddings, num_buckets)
+        hashing = Hashing.qr(num_embeddings, min(divisor, num_embeddings))
+        return hashing, hashing.divisor + -(-num_embeddings // hashing.divisor)
+    raise ValueError(f"mode must be one of 'direct', 'multi', 'qr', got {mode!r}")
+
+
+def _divisor_for(num_embeddings: int, num_buckets: int) -> int:
+    """The divisor m with ``m + ceil(num_embeddings / m) == num_buckets``; the larger one, with fewer quotients."""
+    for divisor in range(min(num_buckets - 1, num_embeddings), 0, -1):
+        if divisor + -(-num_embeddings // divisor) == num_buckets:
+            return divisor
+    raise ValueError(
+        f"num_buckets must be m + ceil({num_embeddings} / m) for some m with mode='qr', got {num_buckets}"
+    )
+
+
+def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int | None:
+    """A negative index counts from the end, as in ``nn.Embedding``; ``num_embeddings`` is a legal marker too."""
+    if padding_idx is None:
+        return None
+    if not -num_embeddings <= padding_idx <= num_embeddings:
+        raise ValueError(f"padding_idx must lie in [{-num_embeddings}, {num_embeddings}], got {padding_idx}")
+    return padding_idx + num_embeddings if padding_idx < 0 else padding_idx
+
+
+def check_size(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def start_from_content(hash_table: Tensor, vectors: Tensor, mode: str) -> None:
+    """Writes the principal components of ``vectors [R, D0]`` into ``hash_table [R, D]``, at the table's own scale.
+
+    With D0 < D the columns left keep a tenth of their start, which tells items with equal content apart.
+    """
+    if mode != "direct":
+        raise ValueError(f"mode must be 'direct' for a start from content, got {mode!r}")
+    num_rows, dim = hash_table.shape
+    if vectors.dim() != 2 or vectors.shape[0] != num_rows:
+        raise ValueError(f"vectors must have shape [{num_rows}, D0], got {list(vectors.shape)}")
+    scale = hash_table.std()
+    centred = vectors.to(hash_table.device, torch.float32)
+    centred = centred - centred.mean(0)
+    _, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
+    components = centred @ directions.flip(1)[:, :dim]  # [R, min(D0, D)]
+    # A direction's sign is arbitrary: the largest weight is made positive, so that machines agree.
+    signs = (
+        directions.flip(1)[:, :dim]
+        .gather(0, directions.flip(1)[:, :dim].abs().argmax(0, keepdim=True))
+        .sign()
+    )
+    components = components * signs
+    hash_table.mul_(0.1)
+    hash_table[:, : components.shape[1]] = (components * (scale / components.std().clamp_min(1e-12))).to(
+        hash_table.dtype
+    )
