@@ -181,10 +181,11 @@ class SemanticIds:
         """
         if self.codebooks is None:
             raise ValueError("these SemanticIds have no codebooks, so new_vectors cannot be encoded")
-        codes = [self.codes]
-        for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors"):
-            codes.append(ops.residual_quantize(batch.cpu(), self.codebooks, beam_size=beam_size)[1])
-        codes = torch.cat(codes)
+        new_codes = [
+            ops.residual_quantize(batch.cpu(), self.codebooks, beam_size=beam_size)[1]
+            for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors")
+        ]
+        codes = torch.cat([self.codes, *new_codes])
         appended = int(self.provenance.get("appended_items", 0)) + len(codes) - self.num_items
         return SemanticIds(
             codes,

@@ -6,6 +6,7 @@ from h2rec.layers.granularity_fusion import GranularityFusion
 from h2rec.layers.harmonized_embedding import HarmonizedEmbedding
 from h2rec.layers.hash_embedding import HashEmbedding
 from h2rec.layers.masked_granularity_loss import MaskedGranularityLoss
+from h2rec.layers.residual_quantizer import ResidualQuantizer
 from h2rec.layers.semantic_embedding import SemanticEmbedding
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "HarmonizedEmbedding",
     "HashEmbedding",
     "MaskedGranularityLoss",
+    "ResidualQuantizer",
     "SemanticEmbedding",
 ]

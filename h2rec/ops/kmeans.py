@@ -117,8 +117,12 @@ def _start(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """k-means++: each next codeword is a row drawn with a chance in proportion to its squared distance so far."""
     chosen = [int(torch.randint(len(sample), (), generator=generator))]
     distance = torch.full((len(sample),), torch.inf, device=sample.device)
+    norms = sample.square().sum(1)
     for _ in range(1, size):
-        distance = torch.minimum(distance, (sample - sample[chosen[-1]]).square().sum(1))
+        last = chosen[-1]
+        to_last = (norms - 2 * (sample @ sample[last]) + norms[last]).clamp_min(0)
+        to_last[last] = 0  # rounding may leave a little, and a row is not drawn twice while others are left
+        distance = torch.minimum(distance, to_last)
         cumulative = distance.double().cumsum(0).cpu()
         if cumulative[-1] > 0:
             target = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
