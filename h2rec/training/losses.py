@@ -54,10 +54,8 @@ def sampled_softmax(
             drawn. Scores lose it (Bengio and Senecal, 2008). A uniform proposal needs none: a constant cancels.
     """
     target_scores = (users * targets).sum(-1, keepdim=True)  # [M, 1]
-    if negatives.dim() == 2:
-        negative_scores = users @ negatives.T  # [M, n]
-    else:
-        negative_scores = torch.einsum("mc,mnc->mn", users, negatives)
+    formula = "mc,nc->mn" if negatives.dim() == 2 else "mc,mnc->mn"
+    negative_scores = torch.einsum(formula, users, negatives)  # [M, n]
     scores = torch.cat([target_scores, negative_scores], dim=1)  # [M, 1 + n]
     if log_q is not None:
         scores = scores - log_q

@@ -12,7 +12,7 @@ __all__ = ["ReportedRun", "read_run", "render", "write_report"]
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` into a run directory, from its ``metrics.json``, ``config.json`` and the models' ``metrics.csv``.
+    """Write ``report.html`` into a run directory, from its ``metrics.json``, ``config.json`` and ``metrics.csv`` files.
 
     Returns the path of the report. Raises ``FileNotFoundError`` without ``metrics.json`` (no model has been
     evaluated yet) and ``ValueError`` when a file of the run is not what training writes.

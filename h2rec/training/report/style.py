@@ -30,7 +30,8 @@ h2 + h3 { margin-top: 0; }
 .brand { color: var(--accent); font-weight: 700; letter-spacing: 0.02em; }
 .facts, .reading, small, .count { color: var(--muted); }
 .facts { margin-top: 4px; }
-section { background: var(--panel); border: 1px solid var(--grid); border-radius: 12px; padding: 22px 24px; margin-bottom: 20px; }
+section { background: var(--panel); border: 1px solid var(--grid); border-radius: 12px; padding: 22px 24px;
+  margin-bottom: 20px; }
 section > p { margin-top: 10px; }
 .reading { font-size: 15px; max-width: 76ch; margin-top: 14px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; margin-bottom: 20px; }
@@ -67,7 +68,8 @@ details:last-of-type { border-bottom: 1px solid var(--grid); }
 summary { padding: 9px 2px; cursor: pointer; }
 details .scroll { padding-bottom: 12px; }
 .settings { display: grid; grid-template-columns: 1fr 1fr; column-gap: 40px; margin: 0; }
-.settings div { display: flex; justify-content: space-between; gap: 20px; padding: 5px 0; border-bottom: 1px solid var(--grid); }
+.settings div { display: flex; justify-content: space-between; gap: 20px; padding: 5px 0;
+  border-bottom: 1px solid var(--grid); }
 dt { color: var(--muted); }
 dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 @media (max-width: 760px) {
