@@ -74,9 +74,9 @@ def alignment_loss(
         )
     if not isinstance(temperature, Tensor):
         temperature = torch.scalar_tensor(temperature, dtype=torch.float64)
+    check_floating("hash_emb", hash_emb)
+    check_floating("semantic_emb", semantic_emb)
     if group is not None:
-        check_floating("hash_emb", hash_emb)
-        check_floating("semantic_emb", semantic_emb)
         hash_emb, semantic_emb = gather_rows(hash_emb, group), gather_rows(semantic_emb, group)
         item_ids, codes, pair_weight = (
             None if rows is None else gather_rows(rows, group) for rows in (item_ids, codes, pair_weight)
@@ -101,9 +101,8 @@ def alignment_loss(
 def _check(
     hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight
 ) -> None:
-    for name, tensor in (("hash_emb", hash_emb), ("semantic_emb", semantic_emb)):
-        check_floating(name, tensor)
-        check_dim(name, tensor, ("B", "D"))
+    check_dim("hash_emb", hash_emb, ("B", "D"))
+    check_dim("semantic_emb", semantic_emb, ("B", "D"))
     torch._check_value(
         hash_emb.shape == semantic_emb.shape,
         lambda: (
@@ -210,12 +209,12 @@ def _fake(hash_emb, *arguments) -> tuple[Tensor, Tensor]:
     return hash_emb.new_empty(batch_size, dtype=dtype), hash_emb.new_empty((4, batch_size), dtype=dtype)
 
 
-def _backward_kernel(grad_losses, log_sums, hash_emb, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_kernel(grad_losses, statistics, hash_emb, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     implementation = _backends.choose("alignment_loss_backward", hash_emb.device.type)
-    return implementation(grad_losses, log_sums, hash_emb, *arguments)
+    return implementation(grad_losses, statistics, hash_emb, *arguments)
 
 
-def _backward_fake(grad_losses, log_sums, hash_emb, semantic_emb, temperature, *_):
+def _backward_fake(grad_losses, statistics, hash_emb, semantic_emb, temperature, *_):
     return (
         torch.empty_like(hash_emb, memory_format=torch.contiguous_format),
         torch.empty_like(semantic_emb, memory_format=torch.contiguous_format),
@@ -225,15 +224,15 @@ def _backward_fake(grad_losses, log_sums, hash_emb, semantic_emb, temperature, *
 
 def _setup_context(ctx, inputs, output) -> None:
     hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight = inputs
-    _, log_sums = output
-    ctx.mark_non_differentiable(log_sums)
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.min_shared_codes = min_shared_codes
     ctx.save_for_backward(
-        log_sums, hash_emb, semantic_emb, temperature, item_ids, codes, pair_index, pair_weight
+        statistics, hash_emb, semantic_emb, temperature, item_ids, codes, pair_index, pair_weight
     )
 
 
-def _backward(ctx, grad_losses: Tensor, _grad_log_sums):
+def _backward(ctx, grad_losses: Tensor, _grad_statistics):
     *tensors, pair_index, pair_weight = ctx.saved_tensors
     grads = _alignment_loss_backward(grad_losses, *tensors, ctx.min_shared_codes, pair_index, pair_weight)
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
@@ -254,7 +253,7 @@ _alignment_loss = define(
 )
 
 _alignment_loss_backward = define(
-    f"alignment_loss_backward(Tensor grad_losses, Tensor log_sums, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    f"alignment_loss_backward(Tensor grad_losses, Tensor statistics, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )

@@ -16,20 +16,23 @@ def alignment_loss(
     pair_index: Tensor | None,
     pair_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(losses [B], log_sums [4, B])``; the rows of the second are log R, log P, log C and log Q."""
+    """Returns ``(losses [B], statistics [4, B])``: log P, the row losses, log Q, the column losses.
+
+    A loss is log(1 + N / P), where N sums what is no positive, (1 - w_ij) e_ij: exact also where the loss is near 0,
+    which the difference of log R and log P would not be.
+    """
     logits, _, _ = _logits(hash_emb, semantic_emb, temperature)  # [B, B]
     weights = positive_weights(logits, item_ids, codes, min_shared_codes, pair_index, pair_weight)
-    weighted = logits + weights.log()
-    log_sums = torch.stack(
-        [logits.logsumexp(1), weighted.logsumexp(1), logits.logsumexp(0), weighted.logsumexp(0)]
-    )
-    log_r, log_p, log_c, log_q = log_sums
-    return ((log_r - log_p) + (log_c - log_q)) / 2, log_sums
+    positive, negative = logits + weights.log(), logits + (1 - weights).log()
+    log_p, log_q = positive.logsumexp(1), positive.logsumexp(0)
+    rows = _log1p_exp(negative.logsumexp(1) - log_p)
+    columns = _log1p_exp(negative.logsumexp(0) - log_q)
+    return (rows + columns) / 2, torch.stack([log_p, rows, log_q, columns])
 
 
 def alignment_loss_backward(
     grad_losses: Tensor,
-    log_sums: Tensor,
+    statistics: Tensor,
     hash_emb: Tensor,
     semantic_emb: Tensor,
     temperature: Tensor,
@@ -42,15 +45,25 @@ def alignment_loss_backward(
     """Returns the gradients of ``hash_emb``, ``semantic_emb`` and ``temperature``."""
     logits, (unit_h, norm_h), (unit_s, norm_s) = _logits(hash_emb, semantic_emb, temperature)
     weights = positive_weights(logits, item_ids, codes, min_shared_codes, pair_index, pair_weight)
-    log_r, log_p, log_c, log_q = log_sums
-    by_row = (logits - log_r[:, None]).exp() - weights * (logits - log_p[:, None]).exp()
-    by_column = (logits - log_c).exp() - weights * (logits - log_q).exp()
+    log_p, rows, log_q, columns = statistics
+    by_row = _grad_of_log_ratio(logits, weights, log_p[:, None], rows[:, None])
+    by_column = _grad_of_log_ratio(logits, weights, log_q, columns)
     grad_logits = (grad_losses[:, None] * by_row + grad_losses * by_column) / 2  # [B, B]
     scale = temperature.to(logits)
     grad_h = _unit_backward(grad_logits @ unit_s / scale, unit_h, norm_h)
     grad_s = _unit_backward(grad_logits.T @ unit_h / scale, unit_s, norm_s)
     grad_temperature = -(grad_logits * logits).sum() / scale
     return grad_h.to(hash_emb.dtype), grad_s.to(semantic_emb.dtype), grad_temperature.to(temperature)
+
+
+def _log1p_exp(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _grad_of_log_ratio(logits: Tensor, weights: Tensor, log_p: Tensor, loss: Tensor) -> Tensor:
+    """``e / R - w e / P`` with log R = log P + loss, written so that nothing cancels where the loss is near 0."""
+    negative = (1 - weights) * (logits - log_p - loss).exp()
+    return negative + weights * (logits - log_p).exp() * torch.expm1(-loss)
 
 
 def positive_weights(
@@ -87,14 +100,16 @@ def _logits(hash_emb: Tensor, semantic_emb: Tensor, temperature: Tensor):
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length one and their norms; scaled by the largest magnitude first, so that no square overflows."""
+    """Rows of length one and their norms; scaled by a power of two first (exact), so that no square overflows."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.abs().amax(1, keepdim=True)
-    scaled = x / largest.clamp_min(torch.finfo(x.dtype).tiny)
+    exponent = x.abs().amax(1, keepdim=True).frexp().exponent.clamp(-60, 126)
+    scaled = x * torch.exp2(-exponent.to(x.dtype))
     length = scaled.square().sum(1, keepdim=True).sqrt()
-    norm = largest * length
+    norm = length * torch.exp2(exponent.to(x.dtype))
     is_zero = norm < _MIN_NORM
-    return (scaled / length.clamp_min(1)).masked_fill(is_zero, 0), norm.masked_fill(is_zero, torch.inf)
+    return (scaled / length.masked_fill(is_zero, 1)).masked_fill(is_zero, 0), norm.masked_fill(
+        is_zero, torch.inf
+    )
 
 
 def _unit_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:

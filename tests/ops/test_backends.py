@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+import h2rec
+from h2rec import ops
+from h2rec.ops import _backends
+
+
+@pytest.fixture(autouse=True)
+def no_cached_choice():
+    _backends._choose.cache_clear()
+    yield
+    _backends._choose.cache_clear()
+
+
+def quantize():
+    return ops.residual_quantize(torch.zeros(2, 3), torch.zeros(1, 4, 3))
+
+
+@pytest.mark.parametrize("operator", _backends.OPERATORS)
+def test_every_backend_serves_or_says_why_not(operator):
+    for backend in _backends.BACKENDS:
+        reason = _backends.why_not(backend, operator, "cpu")
+        assert reason is None or len(reason) > 10
+    assert "reference" in _backends.usable(operator, "cpu")
+
+
+def test_a_requested_backend_that_cannot_serve_raises_with_the_reason():
+    with (
+        h2rec.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="backend 'cuda' cannot serve residual_quantize: its CUDA kernel"),
+    ):
+        quantize()
+    quantize()  # the request has ended
+
+
+def test_the_environment_requests_a_backend(monkeypatch):
+    monkeypatch.setenv("H2REC_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot serve residual_quantize"):
+        quantize()
+    with h2rec.use_backend("reference"):  # the block wins
+        quantize()
+    monkeypatch.setenv("H2REC_BACKEND", "tpu")
+    with pytest.raises(ValueError, match=r"H2REC_BACKEND must be one of .* got 'tpu'"):
+        quantize()
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match=r"name must be one of 'cuda', .* got 'tpu'"),
+        h2rec.use_backend("tpu"),
+    ):
+        pass
+
+
+def test_the_best_usable_backend_serves(monkeypatch):
+    def serve(*arguments):
+        return "served"
+
+    monkeypatch.setattr("h2rec.reference.residual_quantize", serve)
+    assert _backends.choose("residual_quantize", "cpu") is serve
+
+
+def test_show_config_names_every_operator_and_backend(capsys):
+    h2rec.show_config()
+    printed = capsys.readouterr().out
+    for name in (*_backends.OPERATORS, *_backends.BACKENDS, h2rec.__version__, torch.__version__):
+        assert name in printed

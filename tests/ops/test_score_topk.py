@@ -1,0 +1,54 @@
+import sys
+
+import pytest
+import torch
+
+from h2rec import ops
+
+
+@pytest.mark.parametrize("tile_elements", [1, 37, 1 << 20])
+@pytest.mark.parametrize("k", [1, 7, 50])
+def test_equals_a_sort_of_all_scores(k, tile_elements, monkeypatch, device, generator):
+    monkeypatch.setattr(sys.modules["h2rec.ops.score_topk"], "_TILE_ELEMENTS", tile_elements)
+    queries = torch.randn(5, 8, generator=generator).to(device)
+    items = torch.randn(50, 8, generator=generator).to(device)
+    exclude = torch.randint(-1, 50, (5, 6), generator=generator).to(device)
+    scores, indices = ops.score_topk(queries, items, k, exclude=exclude)
+    expected = queries @ items.T
+    for row, ids in enumerate(exclude.tolist()):
+        expected[row, [i for i in ids if i >= 0]] = -torch.inf
+    order = expected.argsort(1, descending=True)[:, :k]
+    torch.testing.assert_close(scores, expected.gather(1, order))
+    left = scores != -torch.inf
+    assert torch.equal(indices[left], order[left])
+    assert (indices[~left] == -1).all()
+
+
+def test_fewer_items_than_asked_for(device):
+    scores, indices = ops.score_topk(torch.ones(2, 3, device=device), torch.ones(2, 3, device=device), 4)
+    assert scores.tolist() == [[3, 3, -torch.inf, -torch.inf]] * 2
+    assert sorted(indices[0, :2].tolist()) == [0, 1]
+    assert indices[:, 2:].eq(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "items", "k", "exclude", "error", "message"),
+    [
+        (torch.ones(3), torch.ones(4, 3), 1, None, ValueError, r"queries must have shape \[B, D\]"),
+        (torch.ones(2, 3).int(), torch.ones(4, 3), 1, None, TypeError, "queries must be a floating-point"),
+        (torch.ones(2, 3), torch.ones(4, 5), 1, None, ValueError, "items has dimension 5, but queries has 3"),
+        (torch.ones(2, 3), torch.ones(4, 3), 0, None, ValueError, "k must be at least 1, got 0"),
+        (
+            torch.ones(2, 3),
+            torch.ones(4, 3),
+            1,
+            torch.ones(3, 1).int(),
+            ValueError,
+            r"exclude must have shape \[2, M\]",
+        ),
+        (torch.ones(2, 3), torch.ones(4, 3), 1, torch.ones(2, 1), TypeError, "exclude must be an integer"),
+    ],
+)
+def test_bad_input(queries, items, k, exclude, error, message):
+    with pytest.raises(error, match=message):
+        ops.score_topk(queries, items, k, exclude=exclude)
