@@ -6,6 +6,7 @@ H2REC_BUILD_EXT=cuda  the same, and nvcc must be there
 unset                 what can be built is built, and what cannot is left out
 """
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -27,12 +28,11 @@ def read_mode():
 
 
 def find_nvcc():
+    if "NVCC" in os.environ:
+        return shutil.which(os.environ["NVCC"])
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [
-        os.environ.get("NVCC", "nvcc"),
-        *(os.path.join(home, "bin", "nvcc") for home in homes if home),
-    ]
-    return next(filter(None, map(shutil.which, candidates)), None)
+    candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    return next(filter(None, map(shutil.which, [*candidates, "nvcc"])), None)
 
 
 def torch_extension():
@@ -110,6 +110,9 @@ def build_command(base, mode, nvcc):
         def leave_out(self, extensions, error):
             if mode:
                 raise error
+            for extension in extensions:  # an older build must not take its place
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.get_ext_fullpath(extension.name))
             names = " and ".join(extension.name for extension in extensions)
             warn(f"{names}: {type(error).__name__}: {error}")
 

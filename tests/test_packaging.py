@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.message import Message
@@ -86,9 +87,10 @@ def run_installed(wheel: Path, folder: Path, script: str) -> str:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", str(installed), str(wheel)], check=True)
     elsewhere.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    dependencies = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *dependencies])}
     script = f"import h2rec\nassert h2rec.__file__.startswith({str(installed)!r}), h2rec.__file__\n{script}"
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-S", "-c", script]  # -S: an editable install would lend its modules
     result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
