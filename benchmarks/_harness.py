@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ._disturbance import Disturbance
 from ._memory import peak_extra_bytes
 
 MIN_MEASUREMENT_SECONDS = 5e-3  # a measurement repeats its call until it is at least this long
@@ -62,6 +63,7 @@ class Comparison:
     columns: tuple[Column, ...]
     rate: Rate | None = None
     yardstick: Column | None = None
+    others_cpus: float | None = None  # processors that other processes kept busy meanwhile; None: not known
 
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.name == name)
@@ -167,10 +169,14 @@ def compare_calls(
     if rate is not None:
         timed[rate.yardstick] = rate.yardstick_call
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    disturbance = Disturbance()
     columns = time_interleaved(timed, clock=clock, synchronise=synchronise)
+    others_cpus = disturbance.cpus()
     yardstick = columns.pop() if rate is not None else None
     if memory:
         columns = [
             Column(c.name, c.seconds, c.loops, peak_extra_bytes(calls[c.name], device)) for c in columns
         ]
-    return Comparison(operator, case, shape, str(device), baseline, tuple(columns), rate, yardstick)
+    return Comparison(
+        operator, case, shape, str(device), baseline, tuple(columns), rate, yardstick, others_cpus
+    )

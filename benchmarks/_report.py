@@ -12,6 +12,7 @@ from typing import Any
 from ._harness import Comparison
 
 HEADER = ("case", "shape", "column", "median", "ratio", "spread", "rate", "peak memory")
+DISTURBED_CPUS = 0.1  # a small machine has a daemon or two; more than this is seen in the times
 FOOTNOTE = (
     "* baseline. ratio = baseline's median / column's, above 1 is faster; spread = its range over the rounds"
 )
@@ -75,7 +76,16 @@ def render_tables(comparisons: Sequence[Comparison], width: int) -> str:
         columns = [cells for cells in zip(*rows, strict=True) if any(cells[1:])]
         header, *body = zip(*columns, strict=True)
         parts.append(render(operator, header, body, width))
-    return "\n".join([*parts, FOOTNOTE])
+    return "\n".join([*parts, FOOTNOTE, *_disturbances(comparisons)])
+
+
+def _disturbances(comparisons: Iterable[Comparison]) -> list[str]:
+    lines = [
+        f"  {c.operator} {c.case} {c.shape}: {c.others_cpus:.1f} processors"
+        for c in comparisons
+        if c.others_cpus is not None and c.others_cpus > DISTURBED_CPUS
+    ]
+    return ["DISTURBED, do not quote: others worked on this machine during", *lines] if lines else []
 
 
 def _without_repeats(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -141,6 +151,7 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
         "shape": comparison.shape,
         "device": comparison.device,
         "baseline": comparison.baseline,
+        "others_cpus": comparison.others_cpus,
         "columns": columns,
     }
     if comparison.rate is not None:

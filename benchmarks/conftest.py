@@ -150,5 +150,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     caption = f"{processor}, torch {machine['versions']['torch']}"
     if write_png(folder / f"{name}.png", comparisons, caption):
         written.append(folder / f"{name}.png")
-    terminalreporter.write_line(f"{caption}, load {machine['load_average']} at the start")
+    terminalreporter.write_line(caption)
     terminalreporter.write_line(f"written: {', '.join(map(str, written))}")

@@ -1,10 +1,12 @@
 """The harness of `pytest benchmarks`: what it refuses, what it computes, what it writes."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,31 @@ def some_comparisons():
         "another", "case", "paper-N9", "cpu", "eager", (column("eager", [2.5]),), rate, column("mm", [0.5])
     )
     return [quick, slow]
+
+
+def test_work_of_others_is_the_machines_less_our_own(monkeypatch):
+    disturbance = _load("_disturbance")
+    monkeypatch.setattr(disturbance, "_busy_seconds", iter([100.0, 104.0]).__next__)
+    monkeypatch.setattr(disturbance.time, "process_time", iter([10.0, 11.0]).__next__)
+    monkeypatch.setattr(disturbance.time, "perf_counter", iter([50.0, 52.0]).__next__)
+    assert disturbance.Disturbance().cpus() == 1.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what all processes do")
+def test_busy_time_of_the_machine_includes_our_own():
+    busy_seconds = _load("_disturbance")._busy_seconds
+    before, end = busy_seconds(), time.process_time() + 0.5
+    while time.process_time() < end:
+        pass
+    assert busy_seconds() - before > 0.45
+
+
+def test_disturbed_comparisons_are_listed(some_comparisons):
+    quick, slow = some_comparisons
+    disturbed = dataclasses.replace(quick, others_cpus=0.75)
+    text = report.render_tables([disturbed, dataclasses.replace(slow, others_cpus=0.01)], 80)
+    assert text.endswith("others worked on this machine during\n  op case small-N7: 0.8 processors")
+    assert "DISTURBED" not in report.render_tables(some_comparisons, 80)
 
 
 @pytest.mark.parametrize("renderer", ["_render_rich", "_render_plain"])
