@@ -3,9 +3,11 @@ PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/.installed
 DEMO_DATA := .venv/.demo-data
+OFFLINE := { echo 'pip could not install it, see above (is there a network?)'; exit 1; }
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: help venv demo test lint bench clean
@@ -41,16 +43,16 @@ $(BIN)/python:
 
 $(BIN)/ruff: constraints.txt | $(BIN)/python
 	@echo '== installing ruff'
-	@$(PIP_INSTALL) ruff
+	@$(PIP_INSTALL) ruff || $(OFFLINE)
 	@touch $@
 
 $(INSTALLED): $(BUILT_FROM) | $(BIN)/python
 	@echo '== installing the pinned dependencies (PyTorch is large: this takes minutes the first time)'
-	@$(PIP_INSTALL) setuptools ninja pybind11 torch
-	@echo '== building h2rec in place'
+	@$(PIP_INSTALL) setuptools ninja pybind11 torch || $(OFFLINE)
+	@echo '== building h2rec in place, and installing what it needs to train and to be tested'
 	@rm -f h2rec/*.so
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[train,text,test,lint]'
-	@$(BIN)/python -c 'import h2rec; h2rec.show_config()'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[train,text,test,lint]' || $(OFFLINE)
+	@$(BIN)/python -c 'import h2rec; h2rec.show_config()' | grep '^extension'
 	@touch $@
 
 $(DEMO_DATA): constraints.txt | $(INSTALLED)
