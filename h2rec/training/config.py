@@ -226,6 +226,12 @@ class TrainConfig:
         }
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
+    def describe_difference(self, other: TrainConfig) -> str:
+        """What differs, for a message: ``learning_rate is 0.001, not 0.01; ...``."""
+        return "; ".join(
+            f"{name} is {own!r}, not {its!r}" for name, (own, its) in self.difference(other).items()
+        )
+
     def model_settings(self, model: str) -> dict[str, Any]:
         """The settings that `h2rec.models.build_model` takes for one of the models."""
         names = _COMMON_SETTINGS + (_H2REC_SETTINGS if model == "h2rec" else ())

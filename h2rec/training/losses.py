@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FULL_SOFTMAX_MAX_ITEMS = 50_000
+SHARED_NEGATIVES = 1024
 
 # Scores held at a time: a tile that stays in cache is twice as fast on a CPU; a GPU wants few launches.
 _TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
@@ -62,6 +63,16 @@ def sampled_softmax(
     if hits is not None:
         scores = scores.masked_fill(F.pad(hits, (1, 0)), -math.inf)
     return (scores.logsumexp(1) - scores[:, 0]).mean()
+
+
+def is_own_item(sequences: Tensor, negatives: Tensor) -> Tensor:
+    """Whether a sampled item stands in a sequence: ``[B, T]``, ``[n]`` -> bool ``[B, n]``."""
+    distinct, inverse = negatives.unique(return_inverse=True)
+    place = torch.searchsorted(distinct, sequences).clamp_(max=len(distinct) - 1)  # [B, T]
+    row, column = (distinct[place] == sequences).nonzero(as_tuple=True)
+    own = torch.zeros(len(sequences), len(distinct), dtype=torch.bool, device=negatives.device)
+    own[row, place[row, column]] = True
+    return own[:, inverse]
 
 
 def full_softmax(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:

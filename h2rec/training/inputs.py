@@ -1,0 +1,100 @@
+"""What a run trains on, read and checked before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from h2rec.data import (
+    CoOccurrence,
+    ItemCatalog,
+    Split,
+    co_occurrence,
+    leave_one_out,
+    read_embeddings,
+    read_interactions,
+    read_items,
+    sample_negatives,
+)
+from h2rec.semantic_ids import SemanticIds
+from h2rec.training.config import TrainConfig
+from h2rec.training.files import replacing
+
+
+class Inputs(NamedTuple):
+    """Everything that training and evaluation read."""
+
+    split: Split
+    sids: SemanticIds
+    content: Tensor | None  # [num_items, D0]
+    co_occurrence: CoOccurrence | None  # of the training part
+    negatives: dict[str, np.ndarray]  # of each stage, [num_users, n]
+
+    @property
+    def catalog(self) -> ItemCatalog:
+        return self.split.log.catalog
+
+
+def read_split(config: TrainConfig, num_items: int) -> Split:
+    """The log as the config names it. Without a file of items, the raw ids are 0 to ``num_items - 1``.
+
+    Raises:
+        ValueError, FileNotFoundError: see `h2rec.data`; or items that are not ``num_items`` (those of the SIDs).
+    """
+    catalog = None
+    if config.items is not None:
+        catalog = read_items(config.items, item=config.item_column, title=config.title_column)
+        if catalog.num_items != num_items:
+            raise ValueError(
+                f"sids: expected semantic IDs of the {catalog.num_items} items of {config.items}, "
+                f"got {num_items} of {config.sids}"
+            )
+    log = read_interactions(
+        config.interactions,
+        user=config.user_column,
+        item=config.item_column,
+        order=config.order_column,
+        catalog=catalog,
+        num_items=num_items,
+    )
+    return leave_one_out(log)
+
+
+def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
+    """Reads all that the config names, the semantic IDs from ``sids_path``."""
+    sids = SemanticIds.load(sids_path)
+    split = read_split(config, sids.num_items)
+    for stage in ("valid", "test"):
+        if not (split.targets(stage) >= 0).any():
+            raise ValueError(
+                f"interactions: expected at least one user with three or more, got none in {config.interactions}"
+            )
+    content = None
+    if config.embeddings is not None:
+        vectors = read_embeddings(config.embeddings, num_items=sids.num_items)
+        content = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
+    pairs = co_occurrence(split) if "h2rec" in config.models and config.co_occurrence else None
+    negatives = {
+        stage: sample_negatives(split, stage, config.ranking_negatives, config.seed)
+        for stage in ("valid", "test")
+    }
+    return Inputs(split, sids, content, pairs, negatives)
+
+
+def write_catalog(catalog: ItemCatalog, path: Path) -> None:
+    columns = {"item_id": catalog.ids}
+    if catalog.titles is not None:
+        columns["title"] = pl.Series(catalog.titles, dtype=pl.String)
+    with replacing(path) as temporary:
+        pl.DataFrame(columns).write_parquet(temporary)
+
+
+def read_catalog(path: Path) -> ItemCatalog:
+    """The inverse of `write_catalog`."""
+    has_titles = "title" in pl.read_parquet_schema(path)
+    return read_items(path, title="title" if has_titles else None)

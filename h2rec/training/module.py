@@ -1,0 +1,166 @@
+"""The Lightning module that trains any of the models, all by the same rules."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+
+from h2rec.data import CoOccurrence, EvalBatches, SequenceBatch, Split, TrainBatches
+from h2rec.models import SequentialModel
+from h2rec.training.config import TrainConfig
+from h2rec.training.evaluation import Ranker, eval_batches, hits_and_gains
+from h2rec.training.losses import (
+    SHARED_NEGATIVES,
+    binary_cross_entropy,
+    full_softmax,
+    is_own_item,
+    resolve_loss,
+    sampled_softmax,
+)
+
+MONITOR = "valid_NDCG@10"
+
+_CONFIG_KEY = "h2rec_config"
+_MODEL_KEY = "h2rec_model"
+# On a GPU, looking at a loss waits for it.
+_CHECK_EVERY = {"cpu": 1, "cuda": 50}
+
+
+class Recommender(lightning.LightningModule):
+    """Trains a model on `h2rec.data.TrainBatches` and validates it by the full ranking after each epoch.
+
+    An epoch starts its random generators from (seed, epoch, rank), so that a run which goes on from the end of an epoch
+    repeats the undisturbed one.
+
+    Args:
+        name: of the model, for messages and checkpoints.
+        model: what is trained.
+        config: how; its ``devices`` are the processes.
+        split: its training part is trained on, its validation part validated on.
+        co_occurrence: from the training part, for the models that align items.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the model, epoch and step.
+        ValueError: a checkpoint of another model or config; the message names what differs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: SequentialModel,
+        config: TrainConfig,
+        split: Split,
+        co_occurrence: CoOccurrence | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.model = model
+        self.config = config
+        self.split = split
+        self.co_occurrence = co_occurrence
+        self.loss_name = resolve_loss(config.loss, model.num_items)
+        self._train_batches: TrainBatches | None = None
+        self._ranker: Ranker | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+
+    def train_dataloader(self) -> TrainBatches:
+        per_position = (self.config.num_negatives or 1) if self.loss_name == "bce" else 0
+        self._train_batches = TrainBatches(
+            self.split,
+            batch_size=self.config.batch_size,
+            max_length=self.config.max_length,
+            num_negatives_per_position=per_position,
+            seed=self.config.seed,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return self._train_batches
+
+    def val_dataloader(self) -> EvalBatches:
+        return eval_batches(
+            self.split, "valid", self.model, rank=self.global_rank, world_size=self.trainer.world_size
+        )
+
+    def on_train_epoch_start(self) -> None:
+        self._train_batches.set_epoch(self.current_epoch)
+        sequence = np.random.SeedSequence([self.config.seed, self.current_epoch, self.global_rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        users, auxiliary = self.model.training_outputs(batch, self.co_occurrence)
+        parts = {"next_item": self._next_item_loss(users, batch), **auxiliary}
+        loss = sum(parts.values())
+        if batch_idx % _CHECK_EVERY.get(loss.device.type, 1) == 0:
+            self._check_finite(parts, batch_idx)
+        size = len(batch.lengths)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        for name, value in ("loss", loss), *parts.items():
+            self.log(
+                f"train_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True
+            )
+        return loss
+
+    def _next_item_loss(self, users: Tensor, batch: SequenceBatch) -> Tensor:
+        is_position = batch.targets != self.model.padding_idx  # [B, T]
+        users, targets = users[is_position], batch.targets[is_position]  # [M, C], [M]
+        if self.loss_name == "full_softmax":
+            return full_softmax(users, self.model.item_vectors(), targets)
+        if self.loss_name == "bce":
+            negatives = batch.negatives[is_position]  # [M, n]
+            vectors = self.model.item_vectors(torch.cat([targets[:, None], negatives], dim=1))
+            return binary_cross_entropy(users, vectors[:, 0], vectors[:, 1:])
+        negatives = torch.randint(
+            self.model.num_items, (self.config.num_negatives or SHARED_NEGATIVES,), device=users.device
+        )
+        vectors = self.model.item_vectors(torch.cat([targets, negatives]))
+        target_vectors, negative_vectors = vectors.tensor_split((len(targets),))
+        # The user's items are those that are read and those that come next.
+        own = is_own_item(torch.cat([batch.item_ids, batch.targets], dim=1), negatives)  # [B, n]
+        hits = own[is_position.nonzero()[:, 0]]  # [M, n]
+        return sampled_softmax(users, target_vectors, negative_vectors, hits)
+
+    def _check_finite(self, parts: dict[str, Tensor], step: int) -> None:
+        for name, value in parts.items():
+            if not torch.isfinite(value):
+                raise FloatingPointError(
+                    f"model {self.name!r}: the {name} loss is {value.item()} in epoch {self.current_epoch}, "
+                    f"step {step}; a lower learning_rate often helps"
+                )
+
+    def on_validation_epoch_start(self) -> None:
+        self._ranker = Ranker(self.model, self.split, "valid", mask_history=self.config.mask_history)
+
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        self._ranker.add(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        ranks = self._ranker.ranks(self.trainer.world_size)
+        self._ranker = None
+        values = hits_and_gains(ranks.full)
+        for name in ("NDCG@10", "HR@10"):
+            # Every process has the ranks of all users, so there is nothing left to reduce.
+            self.log(f"valid_{name}", values[name].mean(), prog_bar=True, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_MODEL_KEY] = self.name
+        checkpoint[_CONFIG_KEY] = self.config.to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        name = checkpoint.get(_MODEL_KEY)
+        if name != self.name:
+            raise ValueError(f"checkpoint: expected one of model {self.name!r}, got one of {name!r}")
+        saved = TrainConfig.from_dict(json.loads(checkpoint[_CONFIG_KEY]))
+        if self.config.difference(saved):
+            raise ValueError(f"checkpoint: of another config: {self.config.describe_difference(saved)}")

@@ -1,0 +1,274 @@
+"""A run: every model of a config, trained and evaluated by the same rules, into one directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from h2rec.data import ItemCatalog
+from h2rec.models import SequentialModel, build_model
+from h2rec.semantic_ids import SemanticIds
+from h2rec.training.checkpoints import EpochRecord, WholeCheckpoints, load_checkpoint
+from h2rec.training.config import TrainConfig
+from h2rec.training.evaluation import metrics_of, rank_users
+from h2rec.training.files import replacing, write_json
+from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
+from h2rec.training.module import Recommender
+from h2rec.training.progress import progress_callback, quiet_lightning, say
+from h2rec.training.report import write_report
+
+
+def train_run(
+    config: TrainConfig, run_dir: str | os.PathLike[str], *, resume: bool = False
+) -> dict[str, Any]:
+    """Trains and evaluates the models of a config, one after the other, and writes the report.
+
+    The directory holds ``config.json``, ``items.parquet``, ``sids.safetensors``, a folder for each model
+    (``checkpoints/best.ckpt`` and ``last.ckpt``, ``metrics.csv`` by epoch, TensorBoard events, ``metrics.json``, and
+    ``ranks.npz`` with every user's rank in the test), ``metrics.json`` and ``report.html``.
+
+    With ``config.devices`` above 1, as many processes are started; a script that calls this needs the guard
+    ``if __name__ == "__main__"`` then.
+
+    Args:
+        config: what to train.
+        run_dir: a directory that does not exist, or is empty.
+        resume: go on with the run in ``run_dir``, from the end of the last whole epoch. On a CPU the metrics are those
+            of a run that was never interrupted.
+
+    Returns:
+        the content of ``metrics.json``.
+
+    Raises:
+        FileExistsError: the directory holds something and ``resume`` is not set.
+        FileNotFoundError: nothing to resume, or a file that the config names is not there.
+        ValueError: the data do not fit (see `h2rec.data`), the run to resume has another config, or its checkpoint is
+            damaged. Nothing has been written then.
+        FloatingPointError: a loss or score is not finite.
+    """
+    config, run_dir = config.with_absolute_paths(), Path(run_dir)
+    accelerator = _accelerator(config)
+    _check_directory(config, run_dir, resume)
+    own_sids = run_dir / "sids.safetensors"
+    inputs = read_inputs(config, own_sids if own_sids.exists() else Path(config.sids))
+    _write_inputs(config, inputs, run_dir)
+    if inputs.split.short_users:
+        say(f"{inputs.split.short_users} users have fewer than three interactions and are trained on only")
+
+    if config.devices == 1:
+        _train_models(config, inputs, run_dir, accelerator)
+    else:
+        torch.multiprocessing.spawn(
+            _train_in_process, (config, run_dir, accelerator, _free_port()), nprocs=config.devices
+        )
+    metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    write_report(run_dir)
+    return metrics
+
+
+def load_model(
+    run_dir: str | os.PathLike[str], name: str
+) -> tuple[SequentialModel, TrainConfig, ItemCatalog, SemanticIds]:
+    """The best checkpoint of a model of a run, on the CPU and in eval mode, and what it was trained with.
+
+    Returns:
+        ``(model, config, catalog, sids)``.
+
+    Raises:
+        FileNotFoundError: no run in this directory, or the model has no checkpoint yet.
+        ValueError: the run has no model of this name, or a file of it is damaged.
+    """
+    run_dir = Path(run_dir)
+    config = _saved_config(run_dir)
+    if name not in config.models:
+        raise ValueError(f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}")
+    sids = SemanticIds.load(run_dir / "sids.safetensors")
+    model = build_model(name, sids, **config.model_settings(name))
+    path = _best_checkpoint(run_dir / name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: model {name!r} of this run has no checkpoint yet")
+    _load_weights(model, path)
+    return model.eval(), config, read_catalog(run_dir / "items.parquet"), sids
+
+
+def _accelerator(config: TrainConfig) -> str:
+    available = torch.cuda.device_count()
+    accelerator = config.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if available else "cpu"
+    if accelerator == "gpu" and config.devices > available:
+        raise ValueError(
+            f"devices: expected at most {available}, the GPUs that PyTorch sees, got {config.devices}"
+        )
+    return accelerator
+
+
+def _saved_config(run_dir: Path) -> TrainConfig:
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{run_dir}: no run here (it has no config.json)")
+    return TrainConfig.load(path)
+
+
+def _check_directory(config: TrainConfig, run_dir: Path, resume: bool) -> None:
+    if resume:
+        saved = _saved_config(run_dir)
+        if config.difference(saved):
+            raise ValueError(f"{run_dir}: the run has another config: {config.describe_difference(saved)}")
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise FileExistsError(f"{run_dir}: exists already; resume it, or name another directory")
+
+
+def _write_inputs(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / "config.json").exists():
+        with replacing(run_dir / "config.json") as temporary:
+            temporary.write_text(config.to_json(), encoding="utf-8")
+    if not (run_dir / "sids.safetensors").exists():
+        inputs.sids.save(run_dir / "sids.safetensors")
+    if not (run_dir / "items.parquet").exists():
+        write_catalog(inputs.catalog, run_dir / "items.parquet")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _train_in_process(rank: int, config: TrainConfig, run_dir: Path, accelerator: str, port: int) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(config.devices),
+    }
+    if accelerator == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.devices))
+    _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
+    torch.distributed.destroy_process_group()
+
+
+def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerator: str) -> None:
+    for name in config.models:
+        folder = run_dir / name
+        if (folder / "metrics.json").exists():
+            say(f"{name}: finished before")
+            continue
+        _train_model(name, config, inputs, folder, accelerator)
+    if _is_first_process():
+        _write_metrics(config, inputs, run_dir)
+
+
+def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, accelerator: str) -> None:
+    torch.manual_seed(config.seed)
+    model = build_model(name, inputs.sids, content=inputs.content, **config.model_settings(name))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    module = Recommender(name, model, config, inputs.split, inputs.co_occurrence)
+    record = EpochRecord(folder, config.patience)
+    say(f"{name}: {parameters:,} parameters, {module.loss_name} loss")
+
+    progress = progress_callback()
+    with quiet_lightning():
+        trainer = lightning.Trainer(
+            accelerator=accelerator,
+            devices=config.devices,
+            strategy="auto" if config.devices == 1 else "ddp",
+            max_epochs=config.max_epochs,
+            logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+            callbacks=[record, progress],
+            enable_progress_bar=isinstance(progress, ProgressBar),
+            plugins=[WholeCheckpoints()],
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        resumed = record.last_path if record.last_path.exists() else None
+        trainer.fit(module, ckpt_path=resumed, weights_only=True)
+
+    _load_weights(model, record.best_path)
+    model.to(trainer.strategy.root_device)
+    ranks = {
+        stage: rank_users(
+            model,
+            inputs.split,
+            stage,
+            negatives=inputs.negatives[stage],
+            mask_history=config.mask_history,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        for stage in ("test", "valid")
+    }
+    if not _is_first_process():
+        return
+    train_counts = inputs.split.train_counts()
+    metrics = {stage: metrics_of(ranks[stage], train_counts) for stage in ranks}
+    with replacing(folder / "ranks.npz") as temporary:
+        np.savez_compressed(temporary, **ranks["test"]._asdict())
+    write_json(
+        folder / "metrics.json",
+        {
+            **metrics,
+            "loss": module.loss_name,
+            "epochs": len(record.rows),
+            "best_epoch": record.best_epoch,
+            "seconds": round(record.seconds, 3),
+            "parameters": parameters,
+        },
+    )
+    test = metrics["test"]["full"]["overall"]
+    say(
+        f"{name}: best epoch {record.best_epoch}, test NDCG@10 {test['NDCG@10']:.4f}, HR@10 {test['HR@10']:.4f}"
+    )
+
+
+def _is_first_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
+    models = {
+        name: json.loads((run_dir / name / "metrics.json").read_text(encoding="utf-8"))
+        for name in config.models
+    }
+    log = inputs.split.log
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "models": models,
+            "sid_stats": dataclasses.asdict(inputs.sids.stats()),
+            "data": {
+                "users": log.num_users,
+                "items": log.num_items,
+                "interactions": log.num_interactions,
+                "short_users": inputs.split.short_users,
+            },
+            "ranking": {
+                "history_masked": config.mask_history,
+                "negatives": config.ranking_negatives,
+                "seed": config.seed,
+            },
+        },
+    )
+
+
+def _best_checkpoint(folder: Path) -> Path:
+    return folder / "checkpoints" / "best.ckpt"
+
+
+def _load_weights(model: SequentialModel, path: Path) -> None:
+    prefix = "model."
+    state = load_checkpoint(path)["state_dict"]
+    model.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
