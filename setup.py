@@ -144,6 +144,7 @@ setup(
         *(f"h2rec.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"h2rec.kernels": "kernels"},
+    include_package_data=False,  # modules only: the README in kernels/ is for who reads the tree
     ext_modules=extensions,
     cmdclass={"build_ext": build_command(base, mode, nvcc)},
 )

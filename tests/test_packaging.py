@@ -215,8 +215,12 @@ def test_without_a_compiler_it_installs_pure_and_says_so(sdist: Path, tmp_path: 
             {"H2REC_BUILD_EXT": "cuda", "NVCC": "no-such-nvcc"},
             "H2REC_BUILD_EXT=cuda, but there is no nvcc",
         ),
+        (
+            {"H2REC_BUILD_EXT": "cuda", "NVCC": "/bin/true", "CXX": "/bin/false"},
+            "nvcc is /bin/true, but this version has no CUDA code to compile",
+        ),
     ],
-    ids=["unknown", "no compiler", "failing compiler", "no nvcc"],
+    ids=["unknown", "no compiler", "failing compiler", "no nvcc", "nvcc and failing compiler"],
 )
 def test_what_was_asked_for_and_cannot_be_is_an_error(
     sdist: Path, tmp_path: Path, environment: dict, message: str
