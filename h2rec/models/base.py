@@ -78,16 +78,15 @@ class SequentialModel(nn.Module):
 
 @torch.no_grad()
 def scale_tables(embedding: nn.Module) -> None:
-    """Rescales an embedding's tables to a root mean square of 0.02, in place; codebooks by one common factor.
+    """Rescales an embedding's hash table and its codebooks (by one common factor) to a root mean square of 0.02.
 
     Item vectors are both input and output of the models: with entries of this size the first logits are
     close to 0, whatever the tables started from (random rows, codebooks, content).
     """
-    groups: dict[str, list[Tensor]] = {}
-    for name, table in embedding.named_parameters():
-        groups.setdefault(name.partition(".")[0], []).append(table)
-    for tables in groups.values():
-        squares = sum(table.square().sum() for table in tables)
-        rms = (squares / sum(table.numel() for table in tables)).sqrt()
-        for table in tables:
-            table.mul_(TABLE_RMS / rms.clamp_min(1e-12))
+    for name in ("hash_table", "codebooks"):
+        tables = [table for key, table in embedding.named_parameters() if key.partition(".")[0] == name]
+        if tables:
+            squares = sum(table.square().sum() for table in tables)
+            rms = (squares / sum(table.numel() for table in tables)).sqrt()
+            for table in tables:
+                table.mul_(TABLE_RMS / rms.clamp_min(1e-12))

@@ -21,7 +21,8 @@ class SASRec(SequentialModel):
         max_length: longest sequence.
 
     Raises:
-        ValueError: the embedding pads with another id or returns two vectors; a size is out of range.
+        ValueError: the embedding pads with another id, or does not return one vector of its ``embedding_dim`` per
+            item; a size is out of range.
     """
 
     def __init__(
@@ -38,8 +39,12 @@ class SASRec(SequentialModel):
             raise ValueError(
                 f"embedding.padding_idx must be num_embeddings={self.padding_idx}, got {embedding.padding_idx}"
             )
-        if getattr(embedding, "fusion", None) == "none":
-            raise ValueError("embedding must return one vector per item, got one with fusion='none'")
+        for option in ("fusion", "pooling"):
+            if getattr(embedding, option, None) in ("none", "levels", "concat"):
+                raise ValueError(
+                    "embedding must return one vector of its embedding_dim per item, "
+                    f"got {option}={getattr(embedding, option)!r}"
+                )
         dim = embedding.embedding_dim
         self.embedding = embedding
         self.input = PositionedInput(dim, max_length, dropout)

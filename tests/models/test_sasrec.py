@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from h2rec import SemanticIds
-from h2rec.layers import HarmonizedEmbedding, HashEmbedding
+from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding
 from h2rec.models import SASRec
 from h2rec.models.base import scale_tables
 
@@ -38,12 +38,23 @@ def test_scale_tables_keeps_the_codebooks_proportions():
     torch.testing.assert_close(factors, factors[:1].expand_as(factors))
 
 
+def test_scale_tables_leaves_other_parameters():
+    sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 3))
+    embedding = HarmonizedEmbedding(sids, 4, fusion="gate", padding_idx=5)
+    before = embedding.gate.weight.clone()
+    SASRec(embedding)
+    assert torch.equal(embedding.gate.weight, before)
+
+
 def test_refuses_unfit_embeddings():
     with pytest.raises(ValueError, match=r"embedding\.padding_idx must be num_embeddings=20, got None"):
         SASRec(HashEmbedding(20, 8))
     sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 3))
-    pair = HarmonizedEmbedding(sids, 4, fusion="none", padding_idx=5)
-    with pytest.raises(ValueError, match="embedding must return one vector per item"):
-        SASRec(pair)
+    for fusion in ("none", "concat"):
+        embedding = HarmonizedEmbedding(sids, 4, fusion=fusion, padding_idx=5)
+        with pytest.raises(ValueError, match=f"embedding must return one vector .* got fusion='{fusion}'"):
+            SASRec(embedding)
+    with pytest.raises(ValueError, match="got pooling='levels'"):
+        SASRec(SemanticEmbedding(sids, 4, pooling="levels", padding_idx=5))
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         SASRec(HashEmbedding(20, 8, padding_idx=20), max_length=0)
