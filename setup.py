@@ -42,7 +42,7 @@ def torch_extension():
     return CppExtension(
         "h2rec._C",
         ["csrc/ops.cpp"],
-        depends=["csrc/cpu/capability.h"],
+        depends=["csrc/cpu/capability.h", "csrc/cpu/for_each_isa.h", "csrc/cpu/parallel.h"],
         py_limited_api=True,
         extra_compile_args=[*CXX_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         extra_link_args=LINK_FLAGS,

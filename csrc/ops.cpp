@@ -11,7 +11,7 @@
 
 #include "cpu/capability.h"
 
-static std::string cpu_capability() { return h2rec::cpu_capability(); }
+static std::string cpu_capability() { return h2rec::name_of(h2rec::capability()); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) { m.def("cpu_capability() -> str"); }
 

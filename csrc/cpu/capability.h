@@ -1,22 +1,54 @@
 // What this processor can run, asked at run time: one binary serves them all.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
 namespace h2rec {
 
-// "avx512" (x86-64-v4), "avx2" (x86-64-v3) or "portable" (whatever the compiler targets by default).
-inline const char* cpu_capability() {
+// portable: whatever the compiler targets by default; the others are x86-64-v3 and x86-64-v4.
+enum class Capability { kPortable, kAvx2, kAvx512 };
+
+inline const char* name_of(Capability capability) {
+  switch (capability) {
+    case Capability::kAvx512:
+      return "avx512";
+    case Capability::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+inline Capability detect_capability() {
 #if defined(__x86_64__)
   // Also asks whether the operating system saves the wide registers.
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return "avx512";
+    return Capability::kAvx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return "avx2";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return Capability::kAvx2;
   }
 #endif
-  return "portable";
+  return Capability::kPortable;
+}
+
+// The best that the processor has, or less if H2REC_CPU_CAPABILITY names less. Read once.
+inline Capability capability() {
+  static const Capability chosen = [] {
+    const Capability best = detect_capability();
+    const char* asked = std::getenv("H2REC_CPU_CAPABILITY");
+    for (const Capability lower : {Capability::kPortable, Capability::kAvx2}) {
+      if (asked != nullptr && lower < best && std::strcmp(asked, name_of(lower)) == 0) {
+        return lower;
+      }
+    }
+    return best;
+  }();
+  return chosen;
 }
 
 }  // namespace h2rec

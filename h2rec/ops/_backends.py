@@ -57,6 +57,12 @@ _WHY_NOT: dict[str, Callable[[str, str], str | None]] = {
     "reference": _why_not_reference,
 }
 BACKENDS = tuple(_WHY_NOT)
+_MODULES = {
+    "cuda": "h2rec.ops._cuda",
+    "triton": "h2rec.kernels",
+    "cpp": "h2rec.ops._cpp",
+    "reference": "h2rec.reference",
+}
 
 _requested: str | None = None
 
@@ -108,8 +114,7 @@ def _choose(function: str, device_type: str, requested: str | None) -> Callable:
         backend = _check_name("H2REC_BACKEND", requested)
         if reason := why_not(backend, operator, device_type):
             raise RuntimeError(f"backend {backend!r} cannot serve {operator}: {reason}")
-    module = "h2rec.kernels" if backend == "triton" else f"h2rec.{backend}"
-    return getattr(importlib.import_module(module), function)
+    return getattr(importlib.import_module(_MODULES[backend]), function)
 
 
 @contextlib.contextmanager
