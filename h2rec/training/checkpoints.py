@@ -18,6 +18,16 @@ from h2rec.training.module import MONITOR
 _COLUMNS = ("epoch", "train_loss", MONITOR, "valid_HR@10")
 
 
+def best_checkpoint(folder: Path) -> Path:
+    """Where the folder of a model has the weights of its best epoch."""
+    return folder / "checkpoints" / "best.ckpt"
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Where the folder of a model has all that training goes on from."""
+    return folder / "checkpoints" / "last.ckpt"
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint to the CPU; nothing in it is executed.
 
@@ -32,7 +42,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged archive fails in as many ways as it has parts
         raise ValueError(
             f"{path}: not a whole checkpoint (truncated, damaged, or not written by training): "
-            f"{str(error).splitlines()[0]}; without this file a resumed run starts the model again"
+            f"{str(error).splitlines()[0]}; remove the model's folder and resume the run to train it again"
         ) from error
 
 
@@ -76,14 +86,6 @@ class EpochRecord(Checkpoint):
         self._started = 0.0
 
     @property
-    def best_path(self) -> Path:
-        return self.folder / "checkpoints" / "best.ckpt"
-
-    @property
-    def last_path(self) -> Path:
-        return self.folder / "checkpoints" / "last.ckpt"
-
-    @property
     def _is_over(self) -> bool:
         return bool(self.rows) and len(self.rows) - 1 - self.best_epoch >= self.patience
 
@@ -107,8 +109,8 @@ class EpochRecord(Checkpoint):
         if trainer.is_global_zero:
             self._write_table()
         if is_best:
-            trainer.save_checkpoint(self.best_path, weights_only=True)
-        trainer.save_checkpoint(self.last_path)
+            trainer.save_checkpoint(best_checkpoint(self.folder), weights_only=True)
+        trainer.save_checkpoint(last_checkpoint(self.folder))
         trainer.should_stop = trainer.should_stop or self._is_over
 
     def _write_table(self) -> None:

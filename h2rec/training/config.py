@@ -13,8 +13,8 @@ LOSSES = ("auto", "full_softmax", "sampled_softmax", "bce")
 MODELS = ("hash", "semantic", "sum", "h2rec")
 FUSIONS = ("sum", "mean", "adaptive")
 ACCELERATORS = ("auto", "cpu", "gpu")
+PATHS = ("interactions", "sids", "items", "embeddings")
 
-_PATHS = ("interactions", "sids", "items", "embeddings")
 _COMMON_SETTINGS = ("dim", "num_layers", "num_heads", "max_length", "dropout")
 _H2REC_SETTINGS = (
     "fusion",
@@ -103,15 +103,13 @@ class TrainConfig:
     devices: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("interactions", "sids"):
+        for name in ("interactions", "sids", "user_column", "item_column"):
             _check_text(name, getattr(self, name))
         for name in ("items", "embeddings", "order_column", "title_column"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
-        for name in ("user_column", "item_column"):
-            _check_text(name, getattr(self, name))
 
-        if isinstance(self.models, str) or not all(isinstance(model, str) for model in self.models):
+        if not isinstance(self.models, (tuple, list)) or not all(isinstance(m, str) for m in self.models):
             raise TypeError(f"models: expected a sequence of names, got {self.models!r}")
         object.__setattr__(self, "models", tuple(self.models))
         if not self.models:
@@ -121,9 +119,10 @@ class TrainConfig:
         if len(set(self.models)) != len(self.models):
             raise ValueError(f"models: each may be named once, got {', '.join(self.models)}")
 
-        for name in ("dim", "num_layers", "num_heads", "max_length", "batch_size", "max_epochs", "patience"):
-            _check_integer(name, getattr(self, name), minimum=1)
-        for name in ("devices", "ranking_negatives"):
+        for name in (
+            *("dim", "num_layers", "num_heads", "max_length", "batch_size"),
+            *("max_epochs", "patience", "devices", "ranking_negatives"),
+        ):
             _check_integer(name, getattr(self, name), minimum=1)
         _check_integer("seed", self.seed, minimum=0)
         for name in ("num_negatives", "min_shared_codes"):
@@ -213,7 +212,7 @@ class TrainConfig:
 
     def with_absolute_paths(self) -> TrainConfig:
         """The same config with its paths made absolute, so that it means the same from another folder."""
-        paths = {name: getattr(self, name) for name in _PATHS}
+        paths = {name: getattr(self, name) for name in PATHS}
         return dataclasses.replace(
             self, **{name: str(Path(path).absolute()) for name, path in paths.items() if path is not None}
         )

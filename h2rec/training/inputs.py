@@ -68,6 +68,11 @@ def read_split(config: TrainConfig, num_items: int) -> Split:
 def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
     """Reads all that the config names, the semantic IDs from ``sids_path``."""
     sids = SemanticIds.load(sids_path)
+    if config.min_shared_codes is not None and config.min_shared_codes > sids.num_levels:
+        raise ValueError(
+            f"min_shared_codes: expected at most {sids.num_levels}, the levels of {sids_path}, "
+            f"got {config.min_shared_codes}"
+        )
     split = read_split(config, sids.num_items)
     for stage in ("valid", "test"):
         if not (split.targets(stage) >= 0).any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from typing import Any
 
 import lightning
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from h2rec.data import CoOccurrence, EvalBatches, SequenceBatch, Split, TrainBatches
 from h2rec.models import SequentialModel
-from h2rec.training.config import TrainConfig
+from h2rec.training.config import PATHS, TrainConfig
 from h2rec.training.evaluation import Ranker, eval_batches, hits_and_gains
 from h2rec.training.losses import (
     SHARED_NEGATIVES,
@@ -29,6 +29,18 @@ _CONFIG_KEY = "h2rec_config"
 _MODEL_KEY = "h2rec_model"
 # On a GPU, looking at a loss waits for it.
 _CHECK_EVERY = {"cpu": 1, "cuda": 50}
+
+
+def check_origin(checkpoint: dict[str, Any], name: str, config: TrainConfig) -> None:
+    """Refuses a checkpoint of another model or config with a ValueError that names what differs."""
+    saved_name = checkpoint.get(_MODEL_KEY)
+    if saved_name != name:
+        raise ValueError(f"checkpoint: expected one of model {name!r}, got one of {saved_name!r}")
+    saved = TrainConfig.from_json(checkpoint[_CONFIG_KEY])
+    # A run may have moved, and its files with it.
+    saved = dataclasses.replace(saved, **{path: getattr(config, path) for path in PATHS})
+    if config.difference(saved):
+        raise ValueError(f"checkpoint: of another config: {config.describe_difference(saved)}")
 
 
 class Recommender(lightning.LightningModule):
@@ -158,9 +170,4 @@ class Recommender(lightning.LightningModule):
         checkpoint[_CONFIG_KEY] = self.config.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        name = checkpoint.get(_MODEL_KEY)
-        if name != self.name:
-            raise ValueError(f"checkpoint: expected one of model {self.name!r}, got one of {name!r}")
-        saved = TrainConfig.from_dict(json.loads(checkpoint[_CONFIG_KEY]))
-        if self.config.difference(saved):
-            raise ValueError(f"checkpoint: of another config: {self.config.describe_difference(saved)}")
+        check_origin(checkpoint, self.name, self.config)

@@ -48,12 +48,14 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # Batches come ready-made, epochs are logged as a whole, and what Lightning calls is its own affair.
+            # Batches come ready-made, epochs are logged as a whole, every process has the metrics of all users, and
+            # what Lightning calls is its own affair.
             for message in (
                 ".*does not have many workers.*",
                 ".*logging interval.*",
                 ".*has `__len__` defined.*",
                 ".*LeafSpec.*",
+                ".*sync_dist=True.*",
             ):
                 warnings.filterwarnings("ignore", message=message)
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,23 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from h2rec.data import ItemCatalog
 from h2rec.models import SequentialModel, build_model
 from h2rec.semantic_ids import SemanticIds
-from h2rec.training.checkpoints import EpochRecord, WholeCheckpoints, load_checkpoint
+from h2rec.training.checkpoints import (
+    EpochRecord,
+    WholeCheckpoints,
+    best_checkpoint,
+    last_checkpoint,
+    load_checkpoint,
+)
 from h2rec.training.config import TrainConfig
 from h2rec.training.evaluation import metrics_of, rank_users
 from h2rec.training.files import replacing, write_json
 from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
-from h2rec.training.module import Recommender
+from h2rec.training.module import Recommender, check_origin
 from h2rec.training.progress import progress_callback, quiet_lightning, say
 from h2rec.training.report import write_report
 
@@ -55,6 +62,7 @@ def train_run(
         ValueError: the data do not fit (see `h2rec.data`), the run to resume has another config, or its checkpoint is
             damaged. Nothing has been written then.
         FloatingPointError: a loss or score is not finite.
+        torch.multiprocessing.ProcessRaisedException: what one of several processes raised.
     """
     config, run_dir = config.with_absolute_paths(), Path(run_dir)
     accelerator = _accelerator(config)
@@ -68,9 +76,10 @@ def train_run(
     if config.devices == 1:
         _train_models(config, inputs, run_dir, accelerator)
     else:
-        torch.multiprocessing.spawn(
-            _train_in_process, (config, run_dir, accelerator, _free_port()), nprocs=config.devices
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(
+                _train_in_process, (config, run_dir, accelerator, f"{folder}/rendezvous"), config.devices
+            )
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     write_report(run_dir)
     return metrics
@@ -94,10 +103,9 @@ def load_model(
         raise ValueError(f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}")
     sids = SemanticIds.load(run_dir / "sids.safetensors")
     model = build_model(name, sids, **config.model_settings(name))
-    path = _best_checkpoint(run_dir / name)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: model {name!r} of this run has no checkpoint yet")
-    _load_weights(model, path)
+    if not best_checkpoint(run_dir / name).exists():
+        raise FileNotFoundError(f"{run_dir / name}: model {name!r} of this run has no checkpoint yet")
+    _load_best_weights(model, name, config, run_dir / name)
     return model.eval(), config, read_catalog(run_dir / "items.parquet"), sids
 
 
@@ -140,20 +148,18 @@ def _write_inputs(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
         write_catalog(inputs.catalog, run_dir / "items.parquet")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _train_in_process(rank: int, config: TrainConfig, run_dir: Path, accelerator: str, port: int) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(config.devices),
-    }
+def _train_in_process(
+    rank: int, config: TrainConfig, run_dir: Path, accelerator: str, rendezvous: str
+) -> None:
+    # Lightning finds the group that is there, and by LOCAL_RANK that it need not start processes.
+    os.environ["LOCAL_RANK"] = str(rank)
+    rank_zero_only.rank = rank
+    torch.distributed.init_process_group(
+        "nccl" if accelerator == "gpu" else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=config.devices,
+    )
     if accelerator == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // config.devices))
     _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
@@ -194,10 +200,10 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        resumed = record.last_path if record.last_path.exists() else None
-        trainer.fit(module, ckpt_path=resumed, weights_only=True)
+        last = last_checkpoint(folder)
+        trainer.fit(module, ckpt_path=last if last.exists() else None)
 
-    _load_weights(model, record.best_path)
+    _load_best_weights(model, name, config, folder)
     model.to(trainer.strategy.root_device)
     ranks = {
         stage: rank_users(
@@ -264,11 +270,8 @@ def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
     )
 
 
-def _best_checkpoint(folder: Path) -> Path:
-    return folder / "checkpoints" / "best.ckpt"
-
-
-def _load_weights(model: SequentialModel, path: Path) -> None:
-    prefix = "model."
-    state = load_checkpoint(path)["state_dict"]
-    model.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
+def _load_best_weights(model: SequentialModel, name: str, config: TrainConfig, folder: Path) -> None:
+    checkpoint = load_checkpoint(best_checkpoint(folder))
+    check_origin(checkpoint, name, config)
+    state = checkpoint["state_dict"]
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
