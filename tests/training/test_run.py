@@ -1,0 +1,436 @@
+"""Whole runs: what they leave on disk, how they go on, and what they refuse."""
+
+import csv
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+
+from h2rec import SemanticIds
+from h2rec.models import MODELS, SASRec
+from h2rec.training import TrainConfig, evaluate_model, load_model, rank_users, read_split, run, train_run
+
+GROUP = {f"{name}@{k}" for name in ("HR", "NDCG") for k in (5, 10, 20)} | {"count"}
+
+
+def read_json(path: Path):
+    return json.loads(
+        path.read_text(), parse_constant=lambda name: pytest.fail(f"{path}: {name} is not JSON")
+    )
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def untimed(metrics: dict) -> dict:
+    """What has to be the same in every run of a config."""
+    models = {name: {**model, "seconds": None} for name, model in metrics["models"].items()}
+    return {**metrics, "models": models}
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- a run, and what it leaves behind
+
+
+def test_directory(finished_run, make_config, files):
+    assert TrainConfig.load(finished_run / "config.json") == make_config(
+        embeddings=str(files / "vectors.npy")
+    )
+    events = {str(path.relative_to(finished_run)) for path in finished_run.glob("*/events.out.tfevents.*")}
+    assert len(events) == len(MODELS)
+    of_model = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "metrics.json", "ranks.npz")
+    expected = {"config.json", "items.parquet", "sids.safetensors", "metrics.json", "report.html"}
+    expected |= {f"{name}/{file}" for name in MODELS for file in (*of_model, "hparams.yaml")}
+    assert files_of(finished_run) == expected | events
+    assert SemanticIds.load(finished_run / "sids.safetensors").num_items == 60
+    items = pl.read_parquet(finished_run / "items.parquet")
+    assert items.row(3) == ("i03", "Item i03")
+
+
+def test_metrics(finished_run):
+    metrics = read_json(finished_run / "metrics.json")
+    assert list(metrics["models"]) == list(MODELS)
+    assert metrics["ranking"] == {"history_masked": False, "negatives": 20, "seed": 0}
+    assert metrics["data"]["items"] == metrics["sid_stats"]["num_items"] == 60
+    assert metrics["data"]["users"] == 90
+    assert metrics["data"]["short_users"] > 0
+    for name, model in metrics["models"].items():
+        assert model == read_json(finished_run / name / "metrics.json")
+        assert model["epochs"] == 3
+        assert model["loss"] == "full_softmax"
+        for stage in ("valid", "test"):
+            for ranking in (model[stage]["full"], model[stage]["sampled"]):
+                assert ranking.keys() == {"overall", "head", "tail", "bands"}
+                assert ranking["overall"].keys() == GROUP
+                held_out = metrics["data"]["users"] - metrics["data"]["short_users"]
+                assert ranking["overall"]["count"] == held_out
+                assert ranking["head"]["count"] + ranking["tail"]["count"] == held_out
+                assert sum(band["count"] for band in ranking["bands"].values()) == held_out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_epochs(name, finished_run):
+    rows = read_rows(finished_run / name)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert {"train_loss", "train_next_item", "valid_NDCG@10", "valid_HR@10"} <= rows[0].keys()
+    assert ("train_alignment" in rows[0]) == ("train_granularity" in rows[0]) == (name == "h2rec")
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    parts = [value for part, value in rows[0].items() if part.startswith("train_") and part != "train_loss"]
+    assert sum(parts) == pytest.approx(rows[0]["train_loss"], rel=1e-5)
+
+    metrics = read_json(finished_run / name / "metrics.json")
+    scores = [row["valid_NDCG@10"] for row in rows]
+    assert metrics["best_epoch"] == scores.index(max(scores))
+    # The best weights are what is evaluated, by the rules of validation.
+    assert metrics["valid"]["full"]["overall"]["NDCG@10"] == pytest.approx(max(scores), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_model_is_the_evaluated_one(name, finished_run):
+    for checkpoint in (finished_run / name / "checkpoints").iterdir():
+        torch.load(checkpoint, weights_only=True)  # nothing that could be executed
+    model, config, catalog, sids = load_model(finished_run, name)
+    assert not model.training
+    assert catalog.titles[3] == "Item i03"
+    split = read_split(config, sids.num_items)
+    metrics = read_json(finished_run / name / "metrics.json")
+    assert evaluate_model(model, split, "test", num_negatives=20) == metrics["test"]
+    ranks = np.load(finished_run / name / "ranks.npz", allow_pickle=False)
+    assert ranks["full"].tolist() == rank_users(model, split, "test").full.tolist()
+    assert ranks["users"].tolist() == np.flatnonzero(split.test_targets >= 0).tolist()
+
+
+def test_models_learn(make_config, tmp_path):
+    """The log is predictable: a model that learns is far above the 10 of 60 that chance gives."""
+    metrics = train_run(make_config(models=("sum",), max_epochs=15, dim=32), tmp_path / "run")
+    assert metrics["models"]["sum"]["test"]["full"]["overall"]["HR@10"] > 0.6
+
+
+def test_same_seed_same_run(finished_run, make_config, files, tmp_path):
+    config = make_config(embeddings=str(files / "vectors.npy"), models=("h2rec",))
+    metrics = train_run(config, tmp_path / "again")
+    finished = read_json(finished_run / "metrics.json")
+    # Neither the clock nor the models that came before have a part in it.
+    assert untimed(metrics)["models"]["h2rec"] == untimed(finished)["models"]["h2rec"]
+    other = train_run(dataclasses.replace(config, seed=1), tmp_path / "other")
+    assert other["models"]["h2rec"]["test"] != metrics["models"]["h2rec"]["test"]
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
+@pytest.mark.parametrize("name", ["sum", "h2rec"])
+def test_every_loss_trains(loss, name, make_config, tmp_path):
+    config = make_config(
+        models=(name,), loss=loss, num_negatives=20, mask_history=True, dim=32, max_epochs=12
+    )
+    metrics = train_run(config, tmp_path / "run")
+    assert metrics["models"][name]["loss"] == loss
+    assert metrics["ranking"]["history_masked"]
+    rows = read_rows(tmp_path / "run" / name)
+    assert rows[-1]["train_next_item"] < 0.9 * rows[0]["train_next_item"]
+
+
+def test_raw_rows_without_a_catalog(make_config, tmp_path, monkeypatch, capsys):
+    """Item ids that are rows, no timestamps, relative paths, and a terminal to draw a progress bar on."""
+    monkeypatch.chdir(tmp_path)
+    users = np.repeat(np.arange(40), 5)
+    pl.DataFrame({"user_id": users, "item_id": (users * 7 + np.tile(np.arange(5), 40)) % 60}).write_csv(
+        "log.csv"
+    )
+    SemanticIds(torch.randint(8, (60, 3), generator=torch.Generator().manual_seed(0))).save(
+        "sids.safetensors"
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    paths = {"interactions": "log.csv", "sids": "sids.safetensors", "items": None, "title_column": None}
+    train_run(make_config(models=("hash",), **paths), "run")
+    assert "valid_NDCG@10" in capsys.readouterr().out
+    assert files_of(tmp_path) - {f"run/{file}" for file in files_of(tmp_path / "run")} == {
+        "log.csv",
+        "sids.safetensors",
+    }
+    monkeypatch.chdir("/")  # the config's paths are absolute
+    _, config, catalog, _ = load_model(tmp_path / "run", "hash")
+    assert catalog.titles is None
+    assert read_split(config, 60).num_users == 40
+
+
+def test_progress_bar_on_a_terminal_only(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert isinstance(run.progress_callback(), RichProgressBar)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert not isinstance(run.progress_callback(), RichProgressBar)
+
+
+# ---- going on
+
+
+def test_resume_of_a_finished_run(make_config, tmp_path):
+    config = make_config(models=("hash", "sum"), max_epochs=1)
+    metrics = train_run(config, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "sum" / "checkpoints" / "last.ckpt"
+    written = checkpoint.stat().st_mtime_ns
+    (tmp_path / "run" / "report.html").unlink()
+    assert train_run(config, tmp_path / "run", resume=True) == metrics
+    assert checkpoint.stat().st_mtime_ns == written
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+class Killed(BaseException):
+    """Not an Exception, so that nothing on the way can handle it."""
+
+
+@pytest.mark.parametrize("moment", ["best", "last", "ranks", "first", "inputs"])
+def test_a_run_goes_on_from_any_moment(moment, make_config, tmp_path, monkeypatch):
+    """Stopped between any two files, as SIGKILL would stop it."""
+    config = make_config(models=("hash", "h2rec"), patience=1, max_epochs=6, loss="bce")
+    undisturbed = train_run(config, tmp_path / "undisturbed")
+
+    def stop_at(name: str, owner, function: str, count: int) -> None:
+        original, calls = getattr(owner, function), [0]
+
+        def stopping(*arguments, **options):
+            calls[0] += any(name in str(argument) for argument in arguments)
+            if calls[0] > count:
+                raise Killed
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, function, stopping)
+
+    if moment == "best":  # the best checkpoint of the second model is there, its last one is an epoch behind
+        stop_at("h2rec/checkpoints/last.ckpt", run.WholeCheckpoints, "save_checkpoint", 1)
+    elif moment == "last":  # an epoch is over, its files are not written
+        stop_at("h2rec/checkpoints/last.ckpt", run.WholeCheckpoints, "save_checkpoint", 2)
+    elif moment == "first":  # nothing but the first model's best checkpoint
+        stop_at("hash/checkpoints/last.ckpt", run.WholeCheckpoints, "save_checkpoint", 0)
+    elif moment == "ranks":  # trained to the end, and stopped early by patience, but not evaluated
+        stop_at("", run, "rank_users", 2)
+    else:  # the config is written, the rest of the inputs are not
+        stop_at("", run, "write_catalog", 0)
+    with pytest.raises(Killed):
+        train_run(config, tmp_path / "killed")
+    monkeypatch.undo()
+
+    resumed = train_run(config, tmp_path / "killed", resume=True)
+    assert untimed(resumed) == untimed(undisturbed)
+    for name in config.models:
+        assert read_rows(tmp_path / "killed" / name) == read_rows(tmp_path / "undisturbed" / name)
+        weights = [
+            torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+            for folder in (tmp_path / "killed", tmp_path / "undisturbed")
+        ]
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_sigkill_at_a_random_moment(make_config, tmp_path):
+    config = make_config(models=("semantic", "h2rec"), max_epochs=12, patience=12)
+    undisturbed = train_run(config, tmp_path / "undisturbed")
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    (tmp_path / "config.json").write_text(config.to_json())
+    program = (
+        "import sys; from h2rec.training import TrainConfig, train_run;"
+        "train_run(TrainConfig.load(sys.argv[1]), sys.argv[2])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "config.json"), str(tmp_path / "killed")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    last_line = rng.randrange(26)
+    for number, line in enumerate(child.stdout):
+        if number == last_line or ("best epoch" in line and "h2rec" in line):
+            break
+    time.sleep(rng.random() * 0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    resumed = train_run(config, tmp_path / "killed", resume=True)
+    assert untimed(resumed) == untimed(undisturbed), f"killed with random seed {seed}"
+
+
+# ---- refused
+
+
+def test_run_directory_exists(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").touch()
+    with pytest.raises(FileExistsError, match="run: exists already; resume it, or name another directory"):
+        train_run(make_config(), tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file: exists already"):
+        train_run(make_config(), tmp_path / "file")
+    assert files_of(tmp_path) == {"run/precious.txt", "file"}
+
+
+def test_nothing_to_resume(make_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run: no run here \(it has no config.json\)"):
+        train_run(make_config(), tmp_path / "run", resume=True)
+    with pytest.raises(FileNotFoundError, match="run: no run here"):
+        load_model(tmp_path / "run", "hash")
+    assert not files_of(tmp_path)
+
+
+def test_resume_with_another_config(finished_run, make_config):
+    with pytest.raises(ValueError, match=r"the run has another config: .*learning_rate is 0.5, not 0.01"):
+        train_run(make_config(learning_rate=0.5), finished_run, resume=True)
+
+
+@pytest.fixture
+def half_run(make_config, tmp_path) -> Path:
+    """A run of one model that was stopped before its evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "rank_users", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train_run(make_config(models=("hash", "semantic"), max_epochs=1), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_truncated_checkpoint(half_run):
+    config = TrainConfig.load(half_run / "config.json")
+    for file, use in (
+        ("best.ckpt", lambda: load_model(half_run, "hash")),
+        ("last.ckpt", lambda: train_run(config, half_run, resume=True)),
+    ):
+        path = half_run / "hash" / "checkpoints" / file
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=rf"{file}: not a whole checkpoint .*remove the model's folder"):
+            use()
+    # The message's advice works.
+    for path in sorted((half_run / "hash").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert train_run(config, half_run, resume=True)["models"].keys() == {"hash", "semantic"}
+
+
+def test_checkpoint_that_would_execute_code(half_run):
+    path = half_run / "hash" / "checkpoints" / "best.ckpt"
+    torch.save({"state_dict": {}, "other": test_metrics}, path)
+    with pytest.raises(ValueError, match=r"best.ckpt: not a whole checkpoint"):
+        load_model(half_run, "hash")
+
+
+def test_checkpoint_of_another_config(half_run):
+    config = dataclasses.replace(TrainConfig.load(half_run / "config.json"), num_heads=4)
+    (half_run / "config.json").write_text(config.to_json())
+    message = "checkpoint: of another config: num_heads is 4, not 2"
+    with pytest.raises(ValueError, match=message):
+        load_model(half_run, "hash")
+    with pytest.raises(ValueError, match=message):
+        train_run(config, half_run, resume=True)
+
+
+def test_checkpoint_of_another_model(half_run):
+    (half_run / "hash").rename(half_run / "semantic")
+    with pytest.raises(ValueError, match="checkpoint: expected one of model 'semantic', got one of 'hash'"):
+        load_model(half_run, "semantic")
+    with pytest.raises(FileNotFoundError, match="hash: model 'hash' of this run has no checkpoint yet"):
+        load_model(half_run, "hash")
+    with pytest.raises(ValueError, match="name: expected one of the run's models, hash, semantic, got 'sum'"):
+        load_model(half_run, "sum")
+
+
+def test_a_run_may_move_with_its_files(half_run, make_config, tmp_path):
+    moved = tmp_path / "moved.parquet"
+    moved.write_bytes(Path(make_config().interactions).read_bytes())
+    config = dataclasses.replace(TrainConfig.load(half_run / "config.json"), interactions=str(moved))
+    (half_run / "config.json").write_text(config.to_json())
+    half_run.rename(tmp_path / "elsewhere")
+    load_model(tmp_path / "elsewhere", "hash")
+    train_run(config, tmp_path / "elsewhere", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"interactions": "nowhere.csv"}, FileNotFoundError, "nowhere.csv: no such file"),
+        ({"sids": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
+        ({"user_column": "visitor"}, ValueError, "visitor"),
+        ({"items": None, "title_column": None}, ValueError, r"the ids must be integers in \[0, 60\), got 'i"),
+        (
+            {"min_shared_codes": 4},
+            ValueError,
+            "min_shared_codes: expected at most 3, the levels of .*, got 4",
+        ),
+        ({"ranking_negatives": 60}, ValueError, "num_negatives: expected at most .* got 60"),
+        (
+            {"accelerator": "gpu", "devices": 99},
+            ValueError,
+            "devices: expected at most .* PyTorch sees, got 99",
+        ),
+    ],
+)
+def test_nothing_is_written_for_bad_input(changes, error, message, make_config, tmp_path):
+    with pytest.raises(error, match=message):
+        train_run(make_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sids_of_another_catalog(make_config, tmp_path):
+    SemanticIds(torch.zeros(59, 2, dtype=torch.int64)).save(tmp_path / "sids.safetensors")
+    with pytest.raises(
+        ValueError, match=r"sids: expected semantic IDs of the 60 items of .*items.csv, got 59 of"
+    ):
+        train_run(make_config(sids=str(tmp_path / "sids.safetensors")), tmp_path / "run")
+
+
+def test_nobody_to_evaluate(make_config, tmp_path):
+    log = pl.DataFrame({"user_id": [1, 1, 2, 2], "item_id": ["i01", "i02", "i03", "i04"]})
+    log.write_csv(tmp_path / "log.csv")
+    with pytest.raises(
+        ValueError, match="interactions: expected at least one user with three or more, got none"
+    ):
+        train_run(make_config(interactions=str(tmp_path / "log.csv")), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite(make_config, tmp_path, monkeypatch):
+    original = SASRec.encode
+    steps = iter(range(100))
+
+    def encode(self, *arguments):
+        users = original(self, *arguments)
+        return users * torch.nan if self.training and next(steps) == 4 else users
+
+    monkeypatch.setattr(SASRec, "encode", encode)
+    message = (
+        "model 'semantic': the next_item loss is nan in epoch 1, step 1; a lower learning_rate often helps"
+    )
+    if make_config().accelerator == "gpu":
+        message = "model 'semantic'|not finite"  # looked at now and then
+    with pytest.raises(FloatingPointError, match=message):
+        train_run(make_config(models=("semantic",)), tmp_path / "run")
+
+
+# ---- several processes
+
+
+def test_two_processes(make_config, device, tmp_path, capfd):
+    if device != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config = make_config(models=("sum", "h2rec"), devices=2, batch_size=16, max_epochs=2)
+    metrics = train_run(config, tmp_path / "run")
+    assert capfd.readouterr().out.count("h2rec: best epoch") == 1
+    split = read_split(config, 60)
+    for name in config.models:
+        model = load_model(tmp_path / "run", name)[0]
+        assert evaluate_model(model, split, "test", num_negatives=20) == metrics["models"][name]["test"]
+        assert evaluate_model(model, split, "valid", num_negatives=20) == metrics["models"][name]["valid"]
+        ranks = np.load(tmp_path / "run" / name / "ranks.npz", allow_pickle=False)
+        assert ranks["full"].tolist() == rank_users(model, split, "test").full.tolist()
+        rows = read_rows(tmp_path / "run" / name)
+        assert max(row["valid_NDCG@10"] for row in rows) == pytest.approx(
+            metrics["models"][name]["valid"]["full"]["overall"]["NDCG@10"], abs=1e-6
+        )
+    assert train_run(config, tmp_path / "run", resume=True) == metrics
