@@ -1,6 +1,6 @@
 """K-means on residuals, level by level: codebooks for residual quantization, learned from batches of vectors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,8 +9,15 @@ from torch import Tensor
 from h2rec.ops.residual_quantize import residual_quantize
 from h2rec.ops.vector_batches import VectorSource, vector_batches
 
-# Rows of the sample that the start is drawn from, for each codeword.
-_START_ROWS = 64
+# Rows of the sample that a level starts from, and of those that k-means++ draws from, for each codeword.
+_SAMPLE_ROWS = 64
+_PLUS_PLUS_ROWS = 16
+# A level starts in this many leading directions of its sample, one width after the other.
+_START_WIDTHS = (8, 16, 32, 64)
+# How far a codeword that splits another lies from it, in standard deviations of what is split.
+_SPLIT_DISTANCE = 0.01
+# Floats of the largest intermediate, scores [rows, K]: 16 MiB.
+_BLOCK_ELEMENTS = 4 << 20
 
 Progress = Callable[[int, int, float], None]
 
@@ -22,46 +29,65 @@ def fit_codebooks(
     num_iters: int = 25,
     seed: int = 0,
     batch_size: int = 16_384,
+    mini_batch: bool = False,
+    balance: float = 0.0,
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """Codebooks by k-means on what the levels before left over.
 
-    Each level starts from k-means++ (Arthur and Vassilvitskii, SODA 2007) on a sample and takes up to ``num_iters``
-    Lloyd steps; a codeword without vectors moves to one of the vectors farthest from theirs. A tensor or array in
-    memory costs one copy in fp32; a memory map or a stream costs nothing of its size, and is read again for each
-    step. The result depends on the seed, not on the number of threads.
+    Each level starts from k-means++ (Arthur and Vassilvitskii, SODA 2007) in the leading principal directions of a
+    sample. The first half of its ``num_iters`` Lloyd steps stays with the sample and widens these directions step by
+    step, which costs little and ends in a better minimum; the second half sees every vector whole. A codeword
+    without vectors splits one of those with the largest error. A tensor or array in memory costs one copy in fp32; a
+    memory map or a stream costs nothing of its size, and is read again for each step. The result depends on the seed,
+    not on the number of threads, as long as the matrix product does not.
 
     Args:
         vectors: ``[N, D]``, or a function that returns batches of such rows, see
             :func:`h2rec.ops.vector_batches.vector_batches`.
         sizes: codewords of each level.
-        progress: called after each step with the level, the step and the mean squared distance.
+        mini_batch: codebooks move after each batch (Sculley, WWW 2010), not once per pass: fewer passes do.
+        balance: price of a crowded codeword, in mean squared distances for each multiple of its fair share; 0 is plain
+            k-means. Prices change which vectors form a mean, never which codeword is nearest to a vector.
+        progress: called after each pass with the level, the step and the mean squared distance.
 
     Returns:
         One ``[K_l, D]`` fp32 tensor per level.
 
     Raises:
-        ValueError: a size is wrong, there are fewer vectors than codewords, or rows are not finite.
+        ValueError: a size or an option is wrong, there are fewer vectors than codewords, or rows are not finite.
     """
     sizes = list(sizes)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes must be positive, one for each level, got {sizes}")
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= balance < torch.inf:
+        raise ValueError(f"balance must be at least 0, got {balance}")
     residuals = _Residuals(vectors, batch_size)
     if residuals.num_rows < max(sizes):
         raise ValueError(
             f"vectors must have at least as many rows as a level has codewords, {max(sizes)}, got {residuals.num_rows}"
         )
     generator = torch.Generator().manual_seed(seed)
+    num_start_steps = num_iters // 2
+    step = _mini_batch_step if mini_batch else _lloyd_step
     for level, size in enumerate(sizes):
-        codebook = _start(residuals.sample(size * _START_ROWS, generator), size, generator)
-        previous = None
-        for step in range(num_iters):
-            codebook, error = _lloyd_step(residuals.batches(), codebook)
+        codebook = _start(residuals.sample(size * _SAMPLE_ROWS, generator), size, num_start_steps, generator)
+        prices, previous = None, None
+        for index in range(num_start_steps, num_iters):
+            codebook, counts, error = step(residuals.batches(), codebook, prices)
             if progress is not None:
-                progress(level, step, error)
-            if error == previous:
+                progress(level, index, error)
+            if balance:
+                load = counts * (size / counts.sum())
+                # Half the way to the price of the load now: without memory, crowds would move to and fro.
+                prices = torch.lerp(
+                    load.new_zeros(()) if prices is None else prices, balance * error * load, 0.5
+                )
+            elif error == previous:
                 break
             previous = error
         residuals.advance(codebook)
@@ -113,8 +139,40 @@ class _Residuals:
 _EMPTY = torch.zeros(0, 1)
 
 
-def _start(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def _start(sample: Tensor, size: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """Codewords to start from, by k-means in more and more of the sample's leading directions."""
+    widths = [width for width in _START_WIDTHS if width < sample.shape[1]]
+    if not widths:
+        return _plus_plus(sample, size, generator)
+    projected = sample @ _leading_directions(sample, widths[-1], generator)
+    codebook = codes = None
+    for index, width in enumerate(widths):
+        narrow = projected[:, :width].contiguous()
+        codebook = (
+            _plus_plus(narrow, size, generator) if codebook is None else _means(narrow, codes, codebook)
+        )
+        for _ in range(num_steps // len(widths) + (index < num_steps % len(widths))):
+            codebook, _, _ = _lloyd_step([narrow], codebook)
+        codes = _nearest(narrow, codebook)
+        wider = widths[index + 1] - width if index + 1 < len(widths) else sample.shape[1] - width
+        codebook = torch.nn.functional.pad(codebook, (0, wider))
+    return _means(sample, codes, codebook)
+
+
+def _leading_directions(sample: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """About the first principal directions ``[D, width]``, by two rounds of subspace iteration."""
+    centred = sample - sample.mean(0)
+    basis = torch.randn(sample.shape[1], width, generator=generator).to(sample.device)
+    for _ in range(2):
+        basis, _ = torch.linalg.qr(centred.T @ (centred @ basis))
+    within = centred @ basis
+    _, turned = torch.linalg.eigh(within.T @ within)
+    return basis @ turned.flip(1)
+
+
+def _plus_plus(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """k-means++: each next codeword is a row drawn with a chance in proportion to its squared distance so far."""
+    sample = sample[:: max(1, len(sample) // (size * _PLUS_PLUS_ROWS))]
     chosen = [int(torch.randint(len(sample), (), generator=generator))]
     distance = torch.full((len(sample),), torch.inf, device=sample.device)
     norms = sample.square().sum(1)
@@ -132,29 +190,88 @@ def _start(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return sample[chosen].clone()
 
 
-def _lloyd_step(batches: Iterator[Tensor], codebook: Tensor) -> tuple[Tensor, float]:
-    """The means of the vectors nearest to each codeword, and the mean squared distance to the old codewords."""
-    size, dim = codebook.shape
-    sums = torch.zeros(size, dim, dtype=torch.float64, device=codebook.device)
-    counts = torch.zeros(size, dtype=torch.int64, device=codebook.device)
-    far_distance, far_rows = codebook.new_empty(0), codebook.new_empty(0, dim)
-    total, num_rows = torch.zeros((), dtype=torch.float64, device=codebook.device), 0
+def _nearest(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) -> Tensor:
+    """``[B]`` int64; without the sum of codewords and the checks that :func:`residual_quantize` adds."""
+    offsets = codebook.square().sum(1)
+    if prices is not None:
+        offsets += prices
+    block = max(1, _BLOCK_ELEMENTS // len(codebook))
+    return torch.cat(
+        [torch.addmm(offsets, part, codebook.T, alpha=-2).argmin(1) for part in rows.split(block)]
+    )
+
+
+def _lloyd_step(
+    batches: Iterable[Tensor], codebook: Tensor, prices: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """The means of the vectors of each codeword, how many these are, and their mean squared distance to the old."""
+    total = _Sums(codebook)
     for batch in batches:
-        quantized, codes = residual_quantize(batch, [codebook])
-        codes = codes[:, 0].long()
-        distance = (batch - quantized).square().sum(1)  # [B]
-        # A sum in fixed order on every device, which index_add_ is not.
-        sums += torch.ops.aten.embedding_dense_backward(batch.double(), codes, size, -1, False)
-        counts += torch.bincount(codes, minlength=size)
-        total += distance.double().sum()
+        total.add(batch, _nearest(batch, codebook, prices))
+    return total.means(codebook), total.counts, total.error(codebook)
+
+
+def _mini_batch_step(
+    batches: Iterable[Tensor], codebook: Tensor, prices: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Like :func:`_lloyd_step`, but each batch meets the means of those before it."""
+    total, error, num_rows = _Sums(codebook), 0.0, 0
+    for batch in batches:
+        sums = _Sums(codebook)
+        sums.add(batch, _nearest(batch, codebook, prices))
+        error += sums.error(codebook) * len(batch)
         num_rows += len(batch)
-        far_distance, farthest = torch.cat([far_distance, distance]).topk(
-            min(size, len(far_distance) + len(batch))
-        )
-        far_rows = torch.cat([far_rows, batch])[farthest]
-    empty = counts == 0
-    means = (sums / counts.clamp_min(1).unsqueeze(1)).to(codebook.dtype)
-    order = (empty.cumsum(0) - 1).clamp(
-        0, len(far_rows) - 1
-    )  # the i-th empty codeword gets the i-th farthest vector
-    return torch.where(empty.unsqueeze(1), far_rows[order], means), (total / num_rows).item()
+        total.merge(sums)
+        codebook = torch.where((total.counts == 0).unsqueeze(1), codebook, total.plain_means())
+    return total.means(codebook), total.counts, error / num_rows
+
+
+def _means(rows: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
+    total = _Sums(codebook)
+    total.add(rows, codes)
+    return total.means(codebook)
+
+
+class _Sums:
+    """What k-means needs to know of the vectors of each codeword: number, sum, sum of squared norms."""
+
+    def __init__(self, codebook: Tensor) -> None:
+        size, dim = codebook.shape
+        self.counts = torch.zeros(size, dtype=torch.int64, device=codebook.device)
+        self.sums = torch.zeros(size, dim, dtype=torch.float64, device=codebook.device)
+        self.squares = torch.zeros(size, dtype=torch.float64, device=codebook.device)
+
+    def add(self, rows: Tensor, codes: Tensor) -> None:
+        self.counts += torch.bincount(codes, minlength=len(self.counts))
+        self.sums += self._by_code(rows, codes)
+        self.squares += self._by_code(torch.linalg.vecdot(rows, rows).unsqueeze(1), codes).squeeze(1)
+
+    def merge(self, other: "_Sums") -> None:
+        self.counts += other.counts
+        self.sums += other.sums
+        self.squares += other.squares
+
+    def _by_code(self, rows: Tensor, codes: Tensor) -> Tensor:
+        # A sum in fixed order on every device, which index_add_ is not.
+        return torch.ops.aten.embedding_dense_backward(rows, codes, len(self.counts), -1, False)
+
+    def error(self, codebook: Tensor) -> float:
+        """Mean squared distance to ``codebook``, from the sums alone."""
+        books = codebook.double()
+        apart = self.squares - 2 * (self.sums * books).sum(1) + self.counts * books.square().sum(1)
+        return (apart.sum() / self.counts.sum()).clamp_min(0).item()
+
+    def plain_means(self) -> Tensor:
+        return (self.sums / self.counts.clamp_min(1).unsqueeze(1)).float()
+
+    def means(self, codebook: Tensor) -> Tensor:
+        """The means; the i-th codeword without vectors is put beside the one with the i-th largest error."""
+        empty = (self.counts == 0).unsqueeze(1)
+        means = torch.where(empty, codebook, self.plain_means())
+        within = (self.squares - self.counts * means.double().square().sum(1)).clamp_min(0)  # [K]
+        order = within.argsort(descending=True, stable=True)
+        split = order[(empty.squeeze(1).cumsum(0) - 1).clamp_min(0)]
+        spread = (within / self.counts.clamp_min(1) / means.shape[1]).sqrt().float()
+        signs = 1 - 2.0 * (torch.arange(means.shape[1], device=means.device) % 2)
+        beside = means[split] + _SPLIT_DISTANCE * spread[split].unsqueeze(1) * signs
+        return torch.where(empty, beside, means)

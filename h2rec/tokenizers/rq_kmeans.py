@@ -22,6 +22,7 @@ class RQKMeans:
         num_iters: most Lloyd steps of a level.
         seed: of the start; the same seed and vectors give the same codes.
         batch_size: vectors that are worked on at a time.
+        mini_batch, balance: as in :func:`h2rec.ops.kmeans.fit_codebooks`.
 
     Raises:
         ValueError: a size is wrong.
@@ -35,6 +36,8 @@ class RQKMeans:
         num_iters: int = 25,
         seed: int = 0,
         batch_size: int = 16_384,
+        mini_batch: bool = False,
+        balance: float = 0.0,
     ) -> None:
         sizes = [codebook_size] * num_levels if isinstance(codebook_size, int) else list(codebook_size)
         if num_levels < 1:
@@ -47,6 +50,8 @@ class RQKMeans:
         self.num_iters = num_iters
         self.seed = seed
         self.batch_size = batch_size
+        self.mini_batch = mini_batch
+        self.balance = balance
         self.codebooks: list[Tensor] | None = None
 
     def fit(self, vectors: VectorSource, progress: Progress | None = None) -> "RQKMeans":
@@ -57,6 +62,8 @@ class RQKMeans:
             num_iters=self.num_iters,
             seed=self.seed,
             batch_size=self.batch_size,
+            mini_batch=self.mini_batch,
+            balance=self.balance,
             progress=progress,
         )
         return self
@@ -80,6 +87,8 @@ class RQKMeans:
             "dim": str(self.codebooks[0].shape[1]),
             "num_iters": str(self.num_iters),
             "seed": str(self.seed),
+            "mini_batch": str(self.mini_batch),
+            "balance": str(self.balance),
             "beam_size": str(beam_size),
             "codebook_sizes": json.dumps(self.codebook_sizes),
         }

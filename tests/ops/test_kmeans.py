@@ -26,13 +26,50 @@ def test_each_level_lowers_the_error(device):
     assert 6 > last[0] > last[1] > last[2] > 0
 
 
-def test_one_step_takes_means_and_moves_empty_codewords_to_the_farthest_vectors():
+def test_one_step_takes_means_and_splits_what_has_the_largest_error():
     x = torch.tensor([[0.0], [1.0], [10.0], [13.0], [40.0]])
     codebook = torch.tensor([[0.0], [11.0], [500.0], [600.0]])
-    updated, error = _lloyd_step(iter([x[:2], x[2:]]), codebook)
+    updated, counts, error = _lloyd_step(iter([x[:2], x[2:]]), codebook)
     torch.testing.assert_close(updated[:2], torch.tensor([[0.5], [21.0]]))
-    assert updated[2:].flatten().tolist() == [40.0, 13.0]  # farthest first
+    spread = (546 / 3) ** 0.5
+    torch.testing.assert_close(updated[2:], torch.tensor([[21 + 0.01 * spread], [0.5 + 0.01 * 0.5]]))
+    assert counts.tolist() == [2, 3, 0, 0]
     assert error == pytest.approx((0 + 1 + 1 + 4 + 29**2) / 5)
+
+
+def test_mini_batches_come_close_in_fewer_passes(device):
+    x = torch.randn(4000, 12, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def error(**options):
+        (codebook,) = fit_codebooks(x, [32], batch_size=500, **options)
+        return torch.cdist(x, codebook).min(1).values.square().mean()
+
+    assert error(mini_batch=True, num_iters=6) < 1.02 * error(num_iters=25)
+
+
+def test_balance_evens_the_load(device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 10, generator=generator) * torch.rand(3000, 1, generator=generator) ** 3
+    x = x.to(device)
+
+    def largest(balance):
+        (codebook,) = fit_codebooks(x, [16], balance=balance)
+        return torch.bincount(torch.cdist(x, codebook).argmin(1)).max()
+
+    assert largest(0.5) < 0.8 * largest(0.0)
+
+
+def test_the_start_is_as_good_as_many_steps_from_random_rows(device):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.arange(1, 101).float() ** -0.5
+    x = (torch.randn(3000, 100, generator=generator) * scales).to(device)
+    errors = []
+    fit_codebooks(x, [64], num_iters=20, progress=lambda level, step, error: errors.append((step, error)))
+    assert [step for step, _ in errors] == list(range(10, 10 + len(errors)))
+    codebook = x[:64]
+    for _ in range(20):
+        codebook, _, error = _lloyd_step([x], codebook)
+    assert errors[-1][1] < error
 
 
 def test_memory_stream_and_memory_map_agree(tmp_path):
@@ -93,6 +130,8 @@ def test_the_input_is_left_alone():
         (torch.ones(3, 2), [], {}, r"sizes must be positive, one for each level, got \[\]"),
         (torch.ones(3, 2), [2, 0], {}, r"sizes must be positive, one for each level, got \[2, 0\]"),
         (torch.ones(3, 2), [2], {"num_iters": 0}, "num_iters must be at least 1, got 0"),
+        (torch.ones(3, 2), [2], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (torch.ones(3, 2), [2], {"balance": -1.0}, "balance must be at least 0, got -1.0"),
         (
             torch.tensor([[1.0], [torch.nan], [torch.inf]]),
             [1],
