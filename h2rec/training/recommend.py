@@ -89,7 +89,7 @@ def recommend(
 
 def _padded(rows: Sequence[np.ndarray], padding: int, device: torch.device) -> Tensor:
     padded = torch.nn.utils.rnn.pad_sequence(
-        [torch.from_numpy(np.asarray(row, dtype=np.int64)) for row in rows],
+        [torch.tensor(row, dtype=torch.int64) for row in rows],
         batch_first=True,
         padding_value=padding,
     )

@@ -1,0 +1,90 @@
+"""The commands, and what is common to all of them: how errors are shown."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from h2rec._version import __version__
+from h2rec.cli.console import errors
+from h2rec.cli.demo import demo
+from h2rec.cli.evaluate import evaluate
+from h2rec.cli.recommend import recommend
+from h2rec.cli.tokenize import tokenize
+from h2rec.cli.train import train
+
+# What the library raises for a wrong argument, file or installation. Anything else is our mistake, with a traceback.
+_EXPECTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
+
+
+class _Commands(TyperGroup):
+    """Shows what went wrong without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _EXPECTED as error:
+            if ctx.params.get("debug"):
+                raise
+            errors.print(f"[bold red]Error:[/] {escape_markup(error)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+def escape_markup(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"h2rec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Recommend with semantic and hash IDs together: from a catalog and a log to a trained model.
+
+    Example, from nothing to a table and a report in a few minutes:
+
+    \b
+        h2rec demo
+
+    Every command shows examples of its own: h2rec train --help
+    """
+
+
+@app.command()
+def config() -> None:
+    """Show what of h2rec is built, what is usable here, and why the rest is not.
+
+    Example:
+
+    \b
+        h2rec config
+    """
+    import h2rec
+
+    h2rec.show_config()
+
+
+for command in (tokenize, train, evaluate, recommend, demo):
+    app.command()(command)

@@ -1,0 +1,82 @@
+"""``h2rec evaluate``: the models of a run, ranked again by rules of one's choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from h2rec.cli.console import output as console
+from h2rec.cli.console import print_results
+from h2rec.cli.files import check_writable
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that h2rec train made.")],
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", show_default="all of the run", help="Which of its models."),
+    ] = None,
+    ranking_negatives: Annotated[
+        int | None,
+        typer.Option(
+            "--negatives", min=1, show_default="as in training", help="Negatives of the sampled ranking."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, show_default="as in training", help="Which negatives are drawn.")
+    ] = None,
+    mask_history: Annotated[
+        bool | None,
+        typer.Option(
+            "--mask-history/--keep-history",
+            show_default="as in training",
+            help="Leave a user's earlier items out of the full ranking.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the metrics as JSON, too.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
+) -> None:
+    """Rank the test items again with the best checkpoints of a run, and print the table; the run stays as it is.
+
+    Example:
+
+    \b
+        h2rec evaluate runs/shop
+        h2rec evaluate runs/shop --models sum,h2rec --mask-history --negatives 1000
+    """
+    from h2rec.training import TrainConfig, evaluate_model, load_model, read_split
+    from h2rec.training.files import write_json
+    from h2rec.training.report import ReportedRun
+
+    if output is not None:
+        check_writable(output, force)
+    config = TrainConfig.load(run / "config.json")
+    ranking = {
+        "history_masked": config.mask_history if mask_history is None else mask_history,
+        "negatives": ranking_negatives or config.ranking_negatives,
+        "seed": config.seed if seed is None else seed,
+    }
+    names = config.models if models is None else [name.strip() for name in models.split(",")]
+    trained = {name: load_model(run, name)[0] for name in names}
+    split = read_split(config, trained[names[0]].num_items)
+    metrics = {}
+    for name, model in trained.items():
+        with console.status(f"Ranking with {name}"):
+            test = evaluate_model(
+                model,
+                split,
+                "test",
+                num_negatives=ranking["negatives"],
+                mask_history=ranking["history_masked"],
+                seed=ranking["seed"],
+            )
+        metrics[name] = {"test": test}
+    result = {"models": metrics, "ranking": ranking}
+    print_results(ReportedRun(run.name, result, {}))
+    if output is not None:
+        write_json(output, result)
+        console.print(f"The metrics are in [bold]{output}[/]", highlight=False, soft_wrap=True)

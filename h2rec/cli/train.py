@@ -1,0 +1,235 @@
+"""``h2rec train``: H2Rec and the models that it is compared with, on one log."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from h2rec.cli.console import output as console
+from h2rec.cli.console import print_results
+
+if TYPE_CHECKING:
+    from h2rec.training import TrainConfig
+
+_DATA, _MODEL, _TRAINING, _EVALUATION = "Data", "Model", "Training", "Evaluation"
+
+
+def train(
+    context: typer.Context,
+    run: Annotated[
+        Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run, made by this command.")
+    ],
+    interactions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_DATA, help="Log: .parquet, .csv, .tsv or RecBole's .inter."
+        ),
+    ] = None,
+    sids: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=_DATA, help="Semantic IDs that h2rec tokenize wrote."),
+    ] = None,
+    user_column: Annotated[
+        str | None,
+        typer.Option(
+            "--user", metavar="COLUMN", rich_help_panel=_DATA, show_default="user_id", help="User ids."
+        ),
+    ] = None,
+    item_column: Annotated[
+        str | None,
+        typer.Option(
+            "--item",
+            metavar="COLUMN",
+            rich_help_panel=_DATA,
+            show_default="item_id",
+            help="Item ids, in both files.",
+        ),
+    ] = None,
+    order_column: Annotated[
+        str | None,
+        typer.Option(
+            "--order",
+            metavar="COLUMN",
+            rich_help_panel=_DATA,
+            show_default="timestamp, time or order, else the order of the rows",
+            help="When it happened: a time or a position.",
+        ),
+    ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_DATA,
+            help="The tokenized items; needed unless the item ids are rows, 0 to N - 1.",
+        ),
+    ] = None,
+    title_column: Annotated[
+        str | None,
+        typer.Option(
+            "--title", metavar="COLUMN", rich_help_panel=_DATA, help="Column of --items to call an item by."
+        ),
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_DATA,
+            help="Content vectors that every model's hash table starts from.",
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            rich_help_panel=_MODEL,
+            show_default="hash,semantic,sum,h2rec",
+            help="What to train.",
+        ),
+    ] = None,
+    dim: Annotated[
+        int | None, typer.Option(rich_help_panel=_MODEL, show_default="64", help="Size of the vectors.")
+    ] = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option("--layers", rich_help_panel=_MODEL, show_default="2", help="Layers of a backbone."),
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option("--heads", rich_help_panel=_MODEL, show_default="2", help="Attention heads.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_MODEL, show_default="50", help="The latest items that a model reads."),
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(rich_help_panel=_MODEL, show_default="0.2", help="Dropout.")
+    ] = None,
+    alignment_weight: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_MODEL, show_default="0.1", help="H2Rec's alignment of items; 0 leaves it out."
+        ),
+    ] = None,
+    granularity_weight: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_MODEL, show_default="0.1", help="H2Rec's alignment of users; 0 leaves it out."
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_TRAINING,
+            show_default="auto",
+            help="full_softmax, sampled_softmax, bce (the paper's) or auto: full where the catalog is small enough.",
+        ),
+    ] = None,
+    num_negatives: Annotated[
+        int | None,
+        typer.Option(
+            "--negatives",
+            rich_help_panel=_TRAINING,
+            show_default="1 for bce, 1024 for sampled_softmax",
+            help="Negatives of bce (per position) and sampled_softmax (per batch).",
+        ),
+    ] = None,
+    max_epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", rich_help_panel=_TRAINING, show_default="200", help="Most epochs."),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            show_default="10",
+            help="Epochs to wait for a better validation NDCG@10.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_TRAINING, show_default="256", help="Users per step and process."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(rich_help_panel=_TRAINING, show_default="0.001", help="Of AdamW.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(rich_help_panel=_TRAINING, show_default="0.0", help="Of AdamW.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_TRAINING, show_default="0", help="Of everything that is drawn."),
+    ] = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", rich_help_panel=_TRAINING, show_default="auto", help="auto, cpu or gpu."
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=_TRAINING, show_default="1", help="Processes that train together."),
+    ] = None,
+    ranking_negatives: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_EVALUATION, show_default="100", help="Negatives of the sampled ranking."
+        ),
+    ] = None,
+    mask_history: Annotated[
+        bool | None,
+        typer.Option(
+            "--mask-history/--keep-history",
+            rich_help_panel=_EVALUATION,
+            show_default="keep-history",
+            help="Leave a user's earlier items out of the full ranking.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a run that was interrupted, with the settings it has."),
+    ] = False,
+) -> None:
+    """Train H2Rec and the models that it improves on, compare them on head and tail items, and write a report.
+
+    Example:
+
+    \b
+        h2rec train --interactions log.parquet --sids sids.safetensors -o runs/first
+        h2rec train --interactions log.csv --user visitor --item asin --order time \\
+            --items items.csv --title name --sids sids.safetensors -o runs/shop
+        h2rec train -o runs/shop --resume
+    """
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if value is not None and name not in ("context", "run", "resume")
+    }
+    train_and_report(_config(given, run, resume), run, resume=resume)
+
+
+def train_and_report(config: TrainConfig, run: Path, *, resume: bool = False) -> None:
+    """Trains what ``config`` asks for, prints the tables and says where the report is."""
+    from h2rec.training import train_run
+    from h2rec.training.report import read_run
+
+    train_run(config, run, resume=resume)
+    print_results(read_run(run))
+    console.print(f"The report is [bold]{run / 'report.html'}[/]", highlight=False, soft_wrap=True)
+
+
+def _config(given: dict[str, Any], run: Path, resume: bool) -> TrainConfig:
+    from h2rec.training import TrainConfig
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    if "models" in given:
+        given["models"] = tuple(name.strip() for name in given["models"].split(","))
+    if resume:
+        # Its own settings, and what differs from them is for training to refuse.
+        return dataclasses.replace(TrainConfig.load(run / "config.json"), **given)
+    for name in ("interactions", "sids"):
+        if name not in given:
+            raise ValueError(f"train needs --{name} (or --resume, to go on with the run in --output)")
+    return TrainConfig.from_dict(given)
