@@ -12,7 +12,10 @@ _PLACEHOLDER = "unknown"
 
 
 def embed_texts(texts: Sequence[str]) -> np.ndarray:
-    """Embed texts with WordLlama, whose weights come with its wheel: float32 ``[N, 256]``.
+    """Embed texts with WordLlama, whose weights come with its wheel: unit vectors, float32 ``[N, 256]``.
+
+    Unit vectors, because WordLlama's norms differ fivefold, the short texts having the long vectors, and k-means would
+    spend its codewords on those few.
 
     Empty texts have no vector of their own; they are embedded as ``"unknown"``, and a warning says how many
     they are.
@@ -36,7 +39,7 @@ def embed_texts(texts: Sequence[str]) -> np.ndarray:
         warnings.warn(f"{len(empty)} of {len(texts)} texts are empty (rows {shown})", stacklevel=2)
     model = _load_model()
     return np.asarray(
-        model.embed([text if text.strip() else _PLACEHOLDER for text in texts]), dtype=np.float32
+        model.embed([text if text.strip() else _PLACEHOLDER for text in texts], norm=True), dtype=np.float32
     )
 
 

@@ -1,0 +1,212 @@
+"""Every command, called as a user calls it: what it prints, writes and refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from h2rec import SemanticIds
+from h2rec.cli import demo as demo_module
+from h2rec.cli.app import app
+
+NUM_ITEMS, NUM_USERS = 40, 50
+
+
+def call(*arguments: object, fails: bool = False) -> str:
+    """What a command prints, on both streams, on one line."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert bool(result.exit_code) == fails, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Path:
+    """Files as a user has them: a log by name and time, items with a text, vectors."""
+    folder = tmp_path_factory.mktemp("shop")
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, NUM_ITEMS, NUM_USERS)
+    steps = [(user, start, step) for user, start in enumerate(starts.tolist()) for step in range(6)]
+    pl.DataFrame(
+        {
+            "visitor": [f"v{user}" for user, _, _ in steps],
+            "asin": [f"a{(start + step) % NUM_ITEMS}" for _, start, step in steps],
+            "at": [step for _, _, step in steps],
+        }
+    ).write_csv(folder / "log.csv")
+    items = [f"a{item}" for item in range(NUM_ITEMS)]
+    kinds = ["red shoe", "garden hose", "war film", "tea pot"]
+    texts = [f"{kinds[item % 4]} number {item}" for item in range(NUM_ITEMS)]
+    pl.DataFrame({"asin": items, "name": texts}).write_csv(folder / "items.csv")
+    np.save(folder / "vectors.npy", rng.standard_normal((NUM_ITEMS, 8), dtype=np.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sids(shop) -> Path:
+    call("tokenize", "--embeddings", shop / "vectors.npy", "--codebook-size", "4,3", "-o", shop / "sids")
+    return shop / "sids"
+
+
+def train_options(shop: Path) -> list[object]:
+    columns = ["--user", "visitor", "--item", "asin", "--order", "at", "--title", "name"]
+    size = ["--dim", 8, "--layers", 1, "--heads", 1, "--epochs", 2, "--negatives", 3, "--accelerator", "cpu"]
+    return ["--interactions", shop / "log.csv", "--items", shop / "items.csv", *columns, *size]
+
+
+@pytest.fixture(scope="module")
+def trained(shop, sids) -> tuple[Path, str]:
+    """A run, and what was printed while it was made."""
+    run = shop / "run"
+    ranking = ["--ranking-negatives", 20]
+    return run, call(
+        "train", *train_options(shop), *ranking, "--models", "hash,h2rec", "--sids", sids, "-o", run
+    )
+
+
+def test_every_command_explains_itself_with_an_example():
+    overview = call("--help")
+    for command in ("tokenize", "train", "evaluate", "recommend", "config", "demo"):
+        assert f" {command} " in overview
+        text = call(command, "--help")
+        assert "Example:" in text
+        assert f"h2rec {command}" in text
+
+
+def test_config_and_version():
+    assert "residual_quantize on" in call("config")
+    assert call("--version").startswith("h2rec ")
+
+
+def test_tokenize_vectors(sids, shop):
+    made = SemanticIds.load(sids)
+    assert made.codebook_sizes == (4, 3)
+    assert made.num_items == NUM_ITEMS
+    again = shop / "again"
+    printed = call("tokenize", "--embeddings", shop / "vectors.npy", "--codebook-size", "4,3", "-o", again)
+    assert "collision rate" in printed
+    assert SemanticIds.load(again).codes.equal(made.codes)
+
+
+def test_tokenize_text_keeps_the_vectors_on_request(shop):
+    text = ["--items", shop / "items.csv", "--item", "asin", "--text", "name"]
+    call("tokenize", *text, "--codebook-size", 4, "-o", shop / "text", "--save-embeddings", shop / "text.npy")
+    assert SemanticIds.load(shop / "text").codebook_sizes == (4, 4, 4, 4)
+    vectors = np.load(shop / "text.npy", allow_pickle=False)
+    assert vectors.shape[0] == NUM_ITEMS
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+
+def test_tokenize_refuses(shop, sids, tmp_path):
+    vectors = ["--embeddings", shop / "vectors.npy"]
+    before = sids.read_bytes()
+    assert "exists; --force overwrites it" in call("tokenize", *vectors, "-o", sids, fails=True)
+    assert sids.read_bytes() == before
+    assert "either --items with --text, or --embeddings" in call("tokenize", "-o", tmp_path / "s", fails=True)
+    printed = call("tokenize", *vectors, "--codebook-size", "many", "-o", tmp_path / "s", fails=True)
+    assert "--codebook-size: expected one positive number" in printed
+    printed = call("tokenize", *vectors, "--codebook-size", "64", "-o", tmp_path / "s", fails=True)
+    assert "got 40" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_prints_the_tables_and_writes_the_report(trained):
+    run, printed = trained
+    assert "head items" in printed
+    assert "Ranking against 20 sampled negatives" in printed
+    assert "The report is" in printed
+    assert (run / "report.html").read_text().startswith("<!")
+
+
+def test_train_goes_on_with_the_settings_of_the_run(trained):
+    run, _ = trained
+    before = (run / "metrics.json").read_bytes()
+    assert "hash: finished before" in call("train", "--resume", "-o", run)
+    assert (run / "metrics.json").read_bytes() == before
+    printed = call("train", "--resume", "--dim", 16, "-o", run, fails=True)
+    assert "the run has another config: dim is 16, not 8" in printed
+
+
+def test_train_refuses(shop, sids, trained, tmp_path):
+    run, _ = trained
+    options = train_options(shop)
+    assert "train needs --interactions" in call("train", "--sids", sids, "-o", tmp_path / "r", fails=True)
+    assert "exists already; resume it" in call("train", *options, "--sids", sids, "-o", run, fails=True)
+    printed = call(
+        "train", *options, "--sids", sids, "--models", "hash,dual", "-o", tmp_path / "r", fails=True
+    )
+    assert "models: expected one of 'hash', 'semantic', 'sum', 'h2rec', got 'dual'" in printed
+    printed = call("train", *options, "--sids", shop / "log.csv", "-o", tmp_path / "r", fails=True)
+    assert "log.csv" in printed
+    printed = call("train", *options, "--order", "when", "--sids", sids, "-o", tmp_path / "r", fails=True)
+    assert "when" in printed
+    assert "No such option" in call("train", "--dimm", 8, "-o", tmp_path / "r", fails=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_repeats_what_training_found(trained, tmp_path):
+    run, _ = trained
+    output = tmp_path / "metrics.json"
+    assert "head items" in call("evaluate", run, "-o", output)
+    found = json.loads((run / "metrics.json").read_text())
+    again = json.loads(output.read_text())
+    assert again["ranking"] == found["ranking"]
+    assert again["models"] == {name: {"test": model["test"]} for name, model in found["models"].items()}
+
+
+def test_evaluate_by_other_rules(trained, tmp_path):
+    run, _ = trained
+    output = tmp_path / "metrics.json"
+    printed = call("evaluate", run, "--models", "hash", "--mask-history", "--negatives", 5, "-o", output)
+    assert "without the user's history" in printed
+    again = json.loads(output.read_text())
+    assert list(again["models"]) == ["hash"]
+    assert again["ranking"] == {"history_masked": True, "negatives": 5, "seed": 0}
+    assert "--force overwrites it" in call("evaluate", run, "-o", output, fails=True)
+    assert "expected one of the run's models" in call("evaluate", run, "--models", "sum", fails=True)
+
+
+def test_recommend(trained):
+    run, _ = trained
+    printed = call("recommend", run, "--user", "v3", "-k", 4)
+    assert "6 items so far" in printed
+    assert "Next, says h2rec" in printed
+    assert " 4 a" in printed
+    assert " 5 a" not in printed
+    printed = call("recommend", run, "--history", "a1, a2", "--model", "hash", "-k", NUM_ITEMS)
+    assert "the latest first: war film number 2, garden hose number 1" in printed
+    assert f" {NUM_ITEMS - 2} a" in printed
+    assert f" {NUM_ITEMS - 1} a" not in printed
+    assert f" {NUM_ITEMS} a" in call(
+        "recommend", run, "--history", "a1,a2", "-k", NUM_ITEMS, "--keep-history"
+    )
+
+
+def test_recommend_refuses(trained, tmp_path):
+    run, _ = trained
+    assert "either --user or --history" in call("recommend", run, fails=True)
+    assert "not among the 40 items of the catalog: 'a99'" in call(
+        "recommend", run, "--history", "a99", fails=True
+    )
+    assert "'v99'" in call("recommend", run, "--user", "v99", fails=True)
+    assert "config.json" in call("recommend", tmp_path, "--user", "v1", fails=True)
+
+
+def test_demo_without_its_data_says_how_to_go_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_module.importlib.util, "find_spec", lambda name: None)
+    printed = call("demo", "-o", tmp_path / "demo", fails=True)
+    assert "pip install --no-deps recbole" in printed
+    assert "h2rec train --interactions log.csv" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_force_deletes_nothing_but_a_run(monkeypatch, tmp_path, shop):
+    monkeypatch.setattr(demo_module, "movielens_files", lambda: (shop / "log.csv", shop / "items.csv"))
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.tex").touch()
+    assert "is not the folder of a run" in call("demo", "-o", tmp_path / "demo", "--force", fails=True)
+    assert (tmp_path / "demo" / "thesis.tex").exists()
