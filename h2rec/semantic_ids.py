@@ -114,7 +114,7 @@ class SemanticIds:
 
     def stats(self) -> SemanticIdStats:
         """Counts collisions and the use of each level's codes."""
-        _, starts = self._group()
+        _, starts = self.groups()
         sizes = np.diff(starts)
         utilisation, perplexity = [], []
         for level, codebook_size in enumerate(self.codebook_sizes):
@@ -154,7 +154,7 @@ class SemanticIds:
         if codes.shape != (self.num_levels,):
             raise ValueError(f"codes must have shape [{self.num_levels}], got {list(codes.shape)}")
         _check_codes(codes.unsqueeze(0), self.codebook_sizes)
-        order, _ = self._group()
+        order, _ = self.groups()
         if self._sorted_columns is None:
             self._sorted_columns = np.ascontiguousarray(self.codes.numpy()[order].T)  # [L, N]
         start, stop = 0, self.num_items
@@ -174,25 +174,46 @@ class SemanticIds:
             beam_size: as in :func:`h2rec.ops.residual_quantize`; take what the catalog was encoded with.
 
         Returns:
-            Semantic IDs of all N + M items; provenance counts the new ones under ``appended_items``.
+            Semantic IDs of all N + M items; provenance counts the new ones under ``appended_items``. A level that
+            numbers the items of a tuple goes on counting, and grows where it must.
 
         Raises:
             ValueError: the codebooks are not known, or the vectors are not finite or have another dimension.
         """
         if self.codebooks is None:
             raise ValueError("these SemanticIds have no codebooks, so new_vectors cannot be encoded")
+        levels = self.codebooks[:-1] if self.has_counting_level else self.codebooks
         new_codes = [
-            ops.residual_quantize(batch.cpu(), self.codebooks, beam_size=beam_size)[1]
+            ops.residual_quantize(batch.cpu(), levels, beam_size=beam_size)[1]
             for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors")
         ]
-        codes = torch.cat([self.codes, *new_codes])
+        codes = torch.cat([self.codes[:, : len(levels)], *new_codes])
+        codebooks, sizes = self.codebooks, self.codebook_sizes
+        if self.has_counting_level:
+            counts = SemanticIds(codes, codebook_sizes=sizes[:-1]).numbers_within_groups()
+            codes = torch.cat([codes, counts.unsqueeze(1)], dim=1)
+            size = max(sizes[-1], int(counts.numpy().max(initial=0)) + 1)
+            sizes = (*sizes[:-1], size)
+            codebooks = (*levels, torch.zeros(size, levels[0].shape[1]))
         appended = int(self.provenance.get("appended_items", 0)) + len(codes) - self.num_items
         return SemanticIds(
             codes,
-            codebook_sizes=self.codebook_sizes,
-            codebooks=self.codebooks,
+            codebook_sizes=sizes,
+            codebooks=codebooks,
             provenance=self.provenance | {"appended_items": str(appended)},
         )
+
+    @property
+    def has_counting_level(self) -> bool:
+        """Whether the last code numbers the items of a tuple, see :func:`h2rec.tokenizers.add_level`."""
+        return self.provenance.get("collisions") == "counting level"
+
+    def numbers_within_groups(self) -> Tensor:
+        """How many earlier items have the same tuple, ``[N]`` int32."""
+        order, starts = self.groups()
+        numbers = np.empty(self.num_items, dtype=np.int32)
+        numbers[order] = np.arange(self.num_items) - np.repeat(starts[:-1], np.diff(starts))
+        return torch.from_numpy(numbers)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, whole or not at all."""
@@ -283,7 +304,7 @@ class SemanticIds:
             parts.append(f"method={method!r}")
         return f"SemanticIds({', '.join(parts)})"
 
-    def _group(self) -> tuple[np.ndarray, np.ndarray]:
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
         """Items sorted by tuple ``[N]``, stable, and where each of the G tuples starts ``[G + 1]``."""
         if self._groups is None:
             self._groups = _group_codes(self.codes.numpy())

@@ -1,16 +1,13 @@
 """RQ-KMeans: semantic IDs by k-means on residuals."""
 
-import json
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from h2rec import ops
-from h2rec._version import __version__
 from h2rec.ops.kmeans import Progress, fit_codebooks
-from h2rec.ops.vector_batches import VectorSource, vector_batches
+from h2rec.ops.vector_batches import VectorSource
 from h2rec.semantic_ids import SemanticIds
+from h2rec.tokenizers._encode import OnEncode, encode, level_sizes
 
 
 class RQKMeans:
@@ -39,14 +36,7 @@ class RQKMeans:
         mini_batch: bool = False,
         balance: float = 0.0,
     ) -> None:
-        sizes = [codebook_size] * num_levels if isinstance(codebook_size, int) else list(codebook_size)
-        if num_levels < 1:
-            raise ValueError(f"num_levels must be at least 1, got {num_levels}")
-        if len(sizes) != num_levels or min(sizes) < 1:
-            raise ValueError(
-                f"codebook_size must be positive, or num_levels = {num_levels} positive numbers, got {codebook_size}"
-            )
-        self.codebook_sizes = tuple(sizes)
+        self.codebook_sizes = level_sizes(num_levels, codebook_size)
         self.num_iters = num_iters
         self.seed = seed
         self.batch_size = batch_size
@@ -68,33 +58,30 @@ class RQKMeans:
         )
         return self
 
-    def tokenize(self, vectors: VectorSource, beam_size: int = 1) -> SemanticIds:
+    def tokenize(
+        self, vectors: VectorSource, beam_size: int = 1, progress: OnEncode | None = None
+    ) -> SemanticIds:
         """The semantic IDs of ``vectors [N, D]``, with the codebooks and how they were made.
+
+        ``progress`` is called after each batch with an :class:`h2rec.tokenizers.EncodeProgress`.
 
         Raises:
             RuntimeError: before :meth:`fit`.
             ValueError: the dimension is another one, or rows are not finite.
         """
-        if self.codebooks is None:
-            raise RuntimeError("fit must be called before tokenize")
-        codes = [
-            ops.residual_quantize(batch, self.codebooks, beam_size=beam_size)[1].cpu()
-            for batch in vector_batches(vectors, self.batch_size)
-        ]
         provenance = {
             "method": "RQ-KMeans",
-            "h2rec": __version__,
-            "dim": str(self.codebooks[0].shape[1]),
-            "num_iters": str(self.num_iters),
-            "seed": str(self.seed),
-            "mini_batch": str(self.mini_batch),
-            "balance": str(self.balance),
-            "beam_size": str(beam_size),
-            "codebook_sizes": json.dumps(self.codebook_sizes),
+            "num_iters": self.num_iters,
+            "seed": self.seed,
+            "mini_batch": self.mini_batch,
+            "balance": self.balance,
+            "codebook_sizes": self.codebook_sizes,
         }
-        return SemanticIds(
-            torch.cat(codes),
-            codebook_sizes=self.codebook_sizes,
-            codebooks=[codebook.cpu() for codebook in self.codebooks],
+        return encode(
+            self.codebooks,
+            vectors,
+            batch_size=self.batch_size,
+            beam_size=beam_size,
             provenance=provenance,
+            progress=progress,
         )

@@ -1,0 +1,96 @@
+"""Product quantization: each code stands for a part of the vector of its own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from h2rec.ops.kmeans import Progress, fit_codebooks
+from h2rec.ops.vector_batches import VectorSource, vector_batches
+from h2rec.semantic_ids import SemanticIds
+from h2rec.tokenizers._encode import OnEncode, encode, level_sizes
+
+
+class ProductQuantizer:
+    """Cuts vectors into parts of nearly equal width and learns a codebook for each (Jegou et al., PAMI 2011).
+
+    A codeword is kept as a vector ``[D]`` that is zero outside its part. The sum of an item's codewords is then its
+    reconstruction and the nearest codeword of a residual that of its part, as for any residual quantizer: layers,
+    ``append`` and the resolution of collisions need not know the difference.
+
+    Args:
+        num_parts: codes of an item.
+        codebook_size: codewords of each part, or one number per part.
+        num_iters, seed, batch_size: as in :class:`h2rec.tokenizers.RQKMeans`.
+
+    Raises:
+        ValueError: a size is wrong.
+    """
+
+    def __init__(
+        self,
+        num_parts: int = 4,
+        codebook_size: int | Sequence[int] = 256,
+        *,
+        num_iters: int = 25,
+        seed: int = 0,
+        batch_size: int = 16_384,
+    ) -> None:
+        self.codebook_sizes = level_sizes(num_parts, codebook_size, "num_parts")
+        self.num_iters = num_iters
+        self.seed = seed
+        self.batch_size = batch_size
+        self.codebooks: list[Tensor] | None = None
+
+    def fit(self, vectors: VectorSource, progress: Progress | None = None) -> "ProductQuantizer":
+        """Learns the codebooks; errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`."""
+        dim = _dim(vectors, self.batch_size)
+        num_parts = len(self.codebook_sizes)
+        if dim < num_parts:
+            raise ValueError(f"vectors must have at least num_parts = {num_parts} dimensions, got {dim}")
+        edges = [part * dim // num_parts for part in range(num_parts + 1)]
+        codebooks = []
+        for part, size in enumerate(self.codebook_sizes):
+            columns = slice(edges[part], edges[part + 1])
+
+            def show(_level: int, step: int, error: float, part: int = part) -> None:
+                if progress is not None:
+                    progress(part, step, error)
+
+            (narrow,) = fit_codebooks(
+                _columns(vectors, columns, self.batch_size),
+                [size],
+                num_iters=self.num_iters,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                progress=show,
+            )
+            codebooks.append(torch.nn.functional.pad(narrow, (columns.start, dim - columns.stop)))
+        self.codebooks = codebooks
+        return self
+
+    def tokenize(self, vectors: VectorSource, progress: OnEncode | None = None) -> SemanticIds:
+        """The semantic IDs of ``vectors [N, D]``; errors are those of :meth:`h2rec.tokenizers.RQKMeans.tokenize`."""
+        provenance = {
+            "method": "PQ",
+            "num_iters": self.num_iters,
+            "seed": self.seed,
+            "codebook_sizes": self.codebook_sizes,
+        }
+        return encode(
+            self.codebooks, vectors, batch_size=self.batch_size, provenance=provenance, progress=progress
+        )
+
+
+def _dim(vectors: VectorSource, batch_size: int) -> int:
+    first = next(iter(vector_batches(vectors, batch_size)), None)
+    if first is None:
+        raise ValueError("vectors must have rows, got none")
+    return first.shape[1]
+
+
+def _columns(vectors: VectorSource, columns: slice, batch_size: int) -> VectorSource:
+    if isinstance(vectors, Tensor | np.ndarray):
+        return vectors[:, columns]
+    return lambda: (batch[:, columns] for batch in vector_batches(vectors, batch_size))
