@@ -21,7 +21,7 @@ def demo(
     run: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")] = Path(
         "runs/demo"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="Most epochs of a model.")] = 60,
+    epochs: Annotated[int, typer.Option(min=1, help="Most epochs of a model.")] = 40,
     force: Annotated[
         bool, typer.Option("--force", help="Delete what an earlier demo left, and start anew.")
     ] = False,
@@ -61,7 +61,9 @@ def demo(
     else:
         data = ("--interactions", log, "--items", items, "--title", "movie_title")
         ids = ("--sids", sids, "--embeddings", vectors)
-        _run(context, "train", *data, *ids, "--epochs", epochs, "--output", run)
+        # 943 users: small batches, or an epoch would be four steps.
+        pace = ("--batch-size", 64, "--epochs", epochs, "--patience", 5)
+        _run(context, "train", *data, *ids, *pace, "--output", run)
 
     console.rule("[bold]3. What to watch next", align="left")
     _run(context, "recommend", run, "--user", _USER)
