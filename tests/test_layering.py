@@ -34,6 +34,7 @@ EVERYWHERE = {"torch", "numpy", "safetensors"}
 PACKAGES = {
     "kernels": {"triton"},
     "data": {"polars", "wordllama"},
+    "tokenizers": {"polars", "matplotlib"},
     "training": {"lightning", "polars", "matplotlib", "rich"},
     "cli": {"typer", "rich", "polars"},
 }

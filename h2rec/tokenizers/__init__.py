@@ -4,14 +4,21 @@ from h2rec.tokenizers._encode import EncodeProgress
 from h2rec.tokenizers.collisions import Resolution, add_level, resolve_collisions
 from h2rec.tokenizers.prefix_trie import PrefixTrie
 from h2rec.tokenizers.product_quantizer import ProductQuantizer
+from h2rec.tokenizers.quality import PrefixLoad, QualityReport, quality_report
 from h2rec.tokenizers.rq_kmeans import RQKMeans
+from h2rec.tokenizers.vector_files import VectorFile, open_vectors
 
 __all__ = [
     "EncodeProgress",
+    "PrefixLoad",
     "PrefixTrie",
     "ProductQuantizer",
+    "QualityReport",
     "RQKMeans",
     "Resolution",
+    "VectorFile",
     "add_level",
+    "open_vectors",
+    "quality_report",
     "resolve_collisions",
 ]

@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +51,7 @@ def encode(
     """Semantic IDs of ``vectors [N, D]``; of the vectors, one batch is in memory."""
     if codebooks is None:
         raise RuntimeError("fit must be called before tokenize")
-    total = len(vectors) if isinstance(vectors, Tensor | np.ndarray) else None
+    total = len(vectors) if isinstance(vectors, Sized) else None
     started, done, codes = time.perf_counter(), 0, []
     for batch in vector_batches(vectors, batch_size):
         codes.append(ops.residual_quantize(batch, codebooks, beam_size=beam_size)[1].cpu())
