@@ -6,9 +6,9 @@ import torch
 from h2rec.layers import AlignmentLoss
 
 
-def make(batch=7, dim=5, num_levels=3, dtype=torch.float64):
+def make(device, batch=7, dim=5, num_levels=3, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return {
+    inputs = {
         "hash_emb": torch.randn(batch, dim, generator=generator, dtype=dtype),
         "semantic_emb": torch.randn(batch, dim, generator=generator, dtype=dtype),
         "item_ids": torch.randint(5, (batch,), generator=generator),
@@ -16,13 +16,14 @@ def make(batch=7, dim=5, num_levels=3, dtype=torch.float64):
         "pair_index": torch.tensor([[0, 2, 2], [1, 4, 4]]),
         "pair_weight": torch.tensor([0.5, 0.4, 0.7], dtype=dtype),
     }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def plain(inputs, temperature, min_shared_codes):
     h = inputs["hash_emb"] / inputs["hash_emb"].norm(dim=1, keepdim=True)
     s = inputs["semantic_emb"] / inputs["semantic_emb"].norm(dim=1, keepdim=True)
     batch = len(h)
-    weights = torch.eye(batch, dtype=h.dtype)
+    weights = torch.eye(batch, dtype=h.dtype, device=h.device)
     for (i, j), weight in zip(inputs["pair_index"].T.tolist(), inputs["pair_weight"], strict=True):
         weights[i, j] = weights[j, i] = torch.maximum(weights[i, j], weight)
     for i in range(batch):
@@ -39,31 +40,31 @@ def plain(inputs, temperature, min_shared_codes):
 
 @pytest.mark.parametrize("min_shared_codes", [None, 2, 3])
 @pytest.mark.parametrize("learn_temperature", [False, True])
-def test_matches_the_formula(min_shared_codes, learn_temperature):
-    inputs = make()
-    layer = AlignmentLoss(
-        0.5, min_shared_codes=min_shared_codes, learn_temperature=learn_temperature
-    ).double()
+def test_matches_the_formula(min_shared_codes, learn_temperature, device):
+    inputs = make(device)
+    layer = AlignmentLoss(0.5, min_shared_codes=min_shared_codes, learn_temperature=learn_temperature).to(
+        device, torch.float64
+    )
     torch.testing.assert_close(layer(**inputs), plain(inputs, 0.5, min_shared_codes))
 
 
-def test_pairs_and_ids_may_be_left_out():
-    inputs = make()
+def test_pairs_and_ids_may_be_left_out(device):
+    inputs = make(device)
     emb = {name: inputs[name] for name in ("hash_emb", "semantic_emb")}
     nothing = {
-        "item_ids": torch.arange(7),
+        "item_ids": torch.arange(7, device=device),
         "codes": inputs["codes"],
-        "pair_index": torch.empty(2, 0, dtype=torch.int64),
-        "pair_weight": torch.empty(0),
+        "pair_index": torch.empty(2, 0, dtype=torch.int64, device=device),
+        "pair_weight": torch.empty(0, device=device),
     }
     torch.testing.assert_close(AlignmentLoss()(**emb), plain(emb | nothing, 0.1, None))
 
 
-def test_gradients():
-    inputs = make(batch=4, dim=3)
+def test_gradients(device):
+    inputs = make(device, batch=4, dim=3)
     inputs["pair_index"] = inputs["pair_index"][:, :1]
     inputs["pair_weight"] = inputs["pair_weight"][:1]
-    layer = AlignmentLoss(0.5, min_shared_codes=2, learn_temperature=True).double()
+    layer = AlignmentLoss(0.5, min_shared_codes=2, learn_temperature=True).to(device, torch.float64)
 
     def run(hash_emb, semantic_emb, log_temperature):
         given = inputs | {"hash_emb": hash_emb, "semantic_emb": semantic_emb}
@@ -81,20 +82,20 @@ def test_learned_temperature_is_a_parameter():
     assert AlignmentLoss(0.2).temperature == 0.2
 
 
-def test_state_dict_deepcopy_compile():
-    inputs = make(dtype=torch.float32)
-    layer = AlignmentLoss(0.3, min_shared_codes=2, learn_temperature=True)
-    other = AlignmentLoss(0.7, min_shared_codes=2, learn_temperature=True)
+def test_state_dict_deepcopy_compile(device):
+    inputs = make(device, dtype=torch.float32)
+    layer = AlignmentLoss(0.3, min_shared_codes=2, learn_temperature=True).to(device)
+    other = AlignmentLoss(0.7, min_shared_codes=2, learn_temperature=True).to(device)
     other.load_state_dict(layer.state_dict())
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for twin in (other, copy.deepcopy(layer), compiled):
         torch.testing.assert_close(twin(**inputs), layer(**inputs))
 
 
-def test_autocast():
-    inputs = make(dtype=torch.float32)
+def test_autocast(device):
+    inputs = make(device, dtype=torch.float32)
     layer = AlignmentLoss(0.3, min_shared_codes=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         loss = layer(**inputs)
     torch.testing.assert_close(loss.float(), layer(**inputs), rtol=0.05, atol=0.05)
 
@@ -105,9 +106,9 @@ def test_refuses_bad_temperature(temperature):
         AlignmentLoss(temperature)
 
 
-def test_refuses_bad_min_shared_codes():
+def test_refuses_bad_min_shared_codes(device):
     with pytest.raises(ValueError, match="min_shared_codes must be at least 1 or None, got 0"):
         AlignmentLoss(min_shared_codes=0)
-    inputs = make()
+    inputs = make(device)
     with pytest.raises(ValueError, match="codes and min_shared_codes must be given together, got no codes"):
         AlignmentLoss(min_shared_codes=2)(inputs["hash_emb"], inputs["semantic_emb"])

@@ -138,11 +138,11 @@ def test_sparse_gradients(item_ids, device):
 def test_hash_table_starts_from_content(device):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(NUM_ITEMS, 20, generator=generator) * torch.linspace(3, 0.1, 20)
-    for layer in (LAYERS["hash"](), LAYERS["both sum"]()):
+    for layer in (LAYERS["hash"]().to(device), LAYERS["both sum"]().to(device)):
         scale = layer.hash_table.std().item()
         layer.initialize_hash_table(vectors.to(device))
         assert layer.hash_table.std().item() == pytest.approx(scale, rel=0.05)
-        table, centred = layer.hash_table.detach().double(), (vectors - vectors.mean(0)).double()
+        table, centred = layer.hash_table.detach().cpu().double(), (vectors - vectors.mean(0)).double()
         _, _, directions = torch.linalg.svd(centred, full_matrices=False)
         expected = centred @ directions[:DIM].T
         cosine = torch.nn.functional.cosine_similarity(table, expected, dim=0).abs()

@@ -7,12 +7,12 @@ import torch
 from h2rec.layers import GranularityCrossAttention
 
 
-def make(batch=3, length=5, num_levels=4, dim=8, num_heads=2, dtype=torch.float64, **settings):
+def make(device, batch=3, length=5, num_levels=4, dim=8, num_heads=2, dtype=torch.float64, **settings):
     torch.manual_seed(0)
-    layer = GranularityCrossAttention(dim, num_levels, num_heads=num_heads, **settings).to(dtype)
+    layer = GranularityCrossAttention(dim, num_levels, num_heads=num_heads, **settings).to(device, dtype)
     torch.nn.init.normal_(layer.output_bias)  # zero by default, which would hide its part
-    levels = torch.randn(batch, length, num_levels, dim, dtype=dtype)
-    hashed = torch.randn(batch, length, dim, dtype=dtype)
+    levels = torch.randn(batch, length, num_levels, dim, dtype=dtype).to(device)
+    hashed = torch.randn(batch, length, dim, dtype=dtype).to(device)
     return layer, levels, hashed
 
 
@@ -20,7 +20,7 @@ def plain(layer, levels, hashed):
     """Level by level, position by position, head by head."""
     _, length, num_levels, dim = levels.shape
     head = dim // layer.num_heads
-    gates = torch.softmax(layer.gate(hashed) + torch.linspace(1.0, 0.2, num_levels, dtype=levels.dtype), -1)
+    gates = torch.softmax(layer.gate(hashed) + torch.linspace(1.0, 0.2, num_levels).to(levels), -1)
     mixed = torch.zeros_like(hashed)
     for level in range(num_levels):
         query = levels[:, :, level] @ layer.query_weight[level]
@@ -40,8 +40,8 @@ def plain(layer, levels, hashed):
     ("batch", "length", "num_levels", "dim", "num_heads"),
     [(3, 5, 4, 8, 2), (1, 1, 1, 4, 1), (2, 7, 3, 6, 3)],
 )
-def test_matches_the_formula(batch, length, num_levels, dim, num_heads):
-    layer, levels, hashed = make(batch, length, num_levels, dim, num_heads)
+def test_matches_the_formula(batch, length, num_levels, dim, num_heads, device):
+    layer, levels, hashed = make(device, batch, length, num_levels, dim, num_heads)
     mixed, gates = layer(levels, hashed)
     assert mixed.shape == (batch, length, dim)
     assert gates.shape == (batch, length, num_levels)
@@ -50,20 +50,18 @@ def test_matches_the_formula(batch, length, num_levels, dim, num_heads):
     torch.testing.assert_close(mixed, expected_mixed)
 
 
-def test_prior_prefers_coarse_levels():
-    layer, levels, hashed = make()
+def test_prior_prefers_coarse_levels(device):
+    layer, levels, hashed = make(device)
     for parameter in layer.gate.parameters():
         torch.nn.init.zeros_(parameter)
     _, gates = layer(levels, hashed)
     assert (gates[..., :-1] > gates[..., 1:]).all()
-    torch.testing.assert_close(
-        gates[0, 0].log().diff(), torch.full((3,), -0.8 / 3, dtype=gates.dtype), check_dtype=False
-    )
+    torch.testing.assert_close(gates[0, 0].log().diff(), gates.new_full((3,), -0.8 / 3))
 
 
 @pytest.mark.parametrize("changed", ["levels", "hashed"])
-def test_later_positions_change_nothing(changed):
-    layer, levels, hashed = make(length=6)
+def test_later_positions_change_nothing(changed, device):
+    layer, levels, hashed = make(device, length=6)
     mixed, gates = layer(levels, hashed)
     for t in range(5):
         inputs = {"levels": levels.clone(), "hashed": hashed.clone()}
@@ -74,8 +72,8 @@ def test_later_positions_change_nothing(changed):
         assert not torch.allclose(other_mixed[:, t + 1 :], mixed[:, t + 1 :])
 
 
-def test_gradcheck():
-    layer, levels, hashed = make(batch=2, length=3, num_levels=2, dim=4)
+def test_gradcheck(device):
+    layer, levels, hashed = make(device, batch=2, length=3, num_levels=2, dim=4)
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
     def run(levels, hashed, *values):
@@ -85,33 +83,33 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_dropout_acts_in_training_only():
-    layer, levels, hashed = make(dropout=0.5)
+def test_dropout_acts_in_training_only(device):
+    layer, levels, hashed = make(device, dropout=0.5)
     assert (layer(levels, hashed)[0] == 0).any()
     layer.eval()
     assert torch.equal(layer(levels, hashed)[0], layer(levels, hashed)[0])
 
 
-def test_state_dict_and_deepcopy():
-    layer, levels, hashed = make()
-    other = GranularityCrossAttention(8, 4).double()
+def test_state_dict_and_deepcopy(device):
+    layer, levels, hashed = make(device)
+    other = GranularityCrossAttention(8, 4).to(device, torch.float64)
     other.load_state_dict(layer.state_dict())
     for twin in (other, copy.deepcopy(layer)):
         torch.testing.assert_close(twin(levels, hashed), layer(levels, hashed))
 
 
-def test_compiles():
-    layer, levels, hashed = make(dtype=torch.float32)
+def test_compiles(device):
+    layer, levels, hashed = make(device, dtype=torch.float32)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     mixed, gates = compiled(levels, hashed)
     torch.testing.assert_close((mixed, gates), layer(levels, hashed))
     mixed.sum().backward()
 
 
-def test_autocast():
-    layer, levels, hashed = make(dtype=torch.float32)
+def test_autocast(device):
+    layer, levels, hashed = make(device, dtype=torch.float32)
     exact = layer(levels, hashed)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         mixed, gates = layer(levels, hashed)
         mixed.float().sum().backward()
     torch.testing.assert_close(mixed.float(), exact[0], rtol=0.05, atol=0.05)
@@ -131,8 +129,8 @@ def test_refuses_bad_sizes(arguments, message):
         GranularityCrossAttention(**arguments)
 
 
-def test_refuses_bad_shapes():
-    layer, levels, hashed = make()
+def test_refuses_bad_shapes(device):
+    layer, levels, hashed = make(device)
     with pytest.raises(ValueError, match=r"hashed must have shape \[B, T, 8\], got \[3, 5, 4\]"):
         layer(levels, hashed[..., :4])
     with pytest.raises(ValueError, match=r"levels must have shape \[3, 5, 4, 8\].*got \[3, 4, 4, 8\]"):

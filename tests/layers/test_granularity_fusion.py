@@ -8,18 +8,18 @@ from h2rec.layers import GranularityFusion
 MODES = ["sum", "mean", "adaptive"]
 
 
-def make(mode, num_levels=3, dim=4):
+def make(mode, device, num_levels=3, dim=4):
     torch.manual_seed(0)
-    layer = GranularityFusion(dim, num_levels, mode).double()
+    layer = GranularityFusion(dim, num_levels, mode).to(device, torch.float64)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    return layer, torch.randn(2, 5, num_levels, dim, dtype=torch.float64)
+    return layer, torch.randn(2, 5, num_levels, dim, dtype=torch.float64).to(device)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_matches_the_formula(mode):
-    layer, levels = make(mode)
-    weights = torch.full((2, 5, 3), {"sum": 1.0, "mean": 1 / 3, "adaptive": 0.0}[mode], dtype=torch.float64)
+def test_matches_the_formula(mode, device):
+    layer, levels = make(mode, device)
+    weights = levels.new_full((2, 5, 3), {"sum": 1.0, "mean": 1 / 3, "adaptive": 0.0}[mode])
     if mode == "adaptive":
         scores = torch.einsum("btx,lx->btl", levels.reshape(2, 5, 12), layer.score.weight) + layer.score.bias
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
@@ -28,14 +28,14 @@ def test_matches_the_formula(mode):
     torch.testing.assert_close(layer(levels[0, 0]), expected[0, 0])
 
 
-def test_adaptive_starts_as_the_mean():
-    levels = torch.randn(7, 3, 4)
-    torch.testing.assert_close(GranularityFusion(4, 3, "adaptive")(levels), levels.mean(1))
+def test_adaptive_starts_as_the_mean(device):
+    levels = torch.randn(7, 3, 4).to(device)
+    torch.testing.assert_close(GranularityFusion(4, 3, "adaptive").to(device)(levels), levels.mean(1))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradcheck(mode):
-    layer, levels = make(mode, num_levels=2, dim=3)
+def test_gradcheck(mode, device):
+    layer, levels = make(mode, device, num_levels=2, dim=3)
     names = [name for name, _ in layer.named_parameters()]
 
     def run(levels, *values):
@@ -45,15 +45,15 @@ def test_gradcheck(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_state_dict_deepcopy_compile_autocast(mode):
-    layer, levels = make(mode)
-    other = GranularityFusion(4, 3, mode).double()
+def test_state_dict_deepcopy_compile_autocast(mode, device):
+    layer, levels = make(mode, device)
+    other = GranularityFusion(4, 3, mode).to(device, torch.float64)
     other.load_state_dict(layer.state_dict())
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for twin in (other, copy.deepcopy(layer), compiled):
         torch.testing.assert_close(twin(levels), layer(levels))
     layer, levels = layer.float(), levels.float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         mixed = layer(levels).float()
     torch.testing.assert_close(mixed, layer(levels), rtol=0.05, atol=0.05)
 

@@ -6,9 +6,9 @@ import torch
 from h2rec.layers import MaskedGranularityLoss
 
 
-def users(batch=6, dim=4, dtype=torch.float64):
+def users(device, batch=6, dim=4, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(batch, dim, generator=generator, dtype=dtype) for _ in range(2))
+    return (torch.randn(batch, dim, generator=generator, dtype=dtype).to(device) for _ in range(2))
 
 
 def plain(u, v, temperature):
@@ -22,32 +22,32 @@ def plain(u, v, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_matches_the_formula(temperature):
-    u, v = users()
-    layer = MaskedGranularityLoss(4, 4, temperature=temperature)
+def test_matches_the_formula(temperature, device):
+    u, v = users(device)
+    layer = MaskedGranularityLoss(4, 4, temperature=temperature).to(device)
     torch.testing.assert_close(layer(u, v), plain(u, v, temperature))
     torch.testing.assert_close(layer(v, u), layer(u, v))
 
 
-def test_one_user_has_nothing_to_tell_apart():
-    u, v = users(batch=1)
-    assert MaskedGranularityLoss(4, 4)(u, v).item() == 0
+def test_one_user_has_nothing_to_tell_apart(device):
+    u, v = users(device, batch=1)
+    assert MaskedGranularityLoss(4, 4).to(device)(u, v).item() == 0
 
 
-def test_gradcheck():
-    u, v = users(batch=3)
-    layer = MaskedGranularityLoss(4, 4)
+def test_gradcheck(device):
+    u, v = users(device, batch=3)
+    layer = MaskedGranularityLoss(4, 4).to(device)
     assert torch.autograd.gradcheck(layer, [u.requires_grad_(), v.requires_grad_()])
 
 
 @pytest.mark.parametrize(
     ("num_levels", "ratio", "expected"), [(4, 0.5, 2), (3, 0.5, 1), (2, 0.9, 1), (5, 0.01, 1)]
 )
-def test_masks_the_least_weighed_levels(num_levels, ratio, expected):
+def test_masks_the_least_weighed_levels(num_levels, ratio, expected, device):
     torch.manual_seed(0)
-    layer = MaskedGranularityLoss(4, num_levels, mask_ratio=ratio)
-    levels = torch.randn(3, 5, num_levels, 4)
-    gates = torch.rand(3, num_levels).softmax(-1)
+    layer = MaskedGranularityLoss(4, num_levels, mask_ratio=ratio).to(device)
+    levels = torch.randn(3, 5, num_levels, 4).to(device)
+    gates = torch.rand(3, num_levels).softmax(-1).to(device)
     masked = layer.mask(levels, gates)
     for row in range(3):
         least = set(gates[row].argsort()[:expected].tolist())
@@ -58,20 +58,20 @@ def test_masks_the_least_weighed_levels(num_levels, ratio, expected):
                 assert torch.equal(masked[row, :, level], levels[row, :, level])
 
 
-def test_mask_gradients():
-    layer = MaskedGranularityLoss(2, 2).double()
-    levels = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    gates = torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64)
+def test_mask_gradients(device):
+    layer = MaskedGranularityLoss(2, 2).to(device, torch.float64)
+    levels = torch.randn(2, 3, 2, 2, dtype=torch.float64).to(device).requires_grad_()
+    gates = torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64, device=device)
     layer.mask(levels, gates).sum().backward()
     assert torch.equal(layer.mask_vectors.grad, torch.full_like(layer.mask_vectors, 3))
-    kept = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    kept = torch.eye(2, dtype=torch.float64, device=device)
     assert torch.equal(levels.grad, kept[:, None, :, None].expand_as(levels))
 
 
-def test_state_dict_deepcopy_compile():
-    u, v = users(dtype=torch.float32)
-    levels, gates = torch.randn(2, 3, 4, 4), torch.rand(2, 4)
-    layer, other = MaskedGranularityLoss(4, 4), MaskedGranularityLoss(4, 4)
+def test_state_dict_deepcopy_compile(device):
+    u, v = users(device, dtype=torch.float32)
+    levels, gates = torch.randn(2, 3, 4, 4).to(device), torch.rand(2, 4).to(device)
+    layer, other = (MaskedGranularityLoss(4, 4).to(device) for _ in range(2))
     other.load_state_dict(layer.state_dict())
     for twin in (other, copy.deepcopy(layer)):
         assert torch.equal(twin.mask(levels, gates), layer.mask(levels, gates))
@@ -81,10 +81,10 @@ def test_state_dict_deepcopy_compile():
     assert torch.equal(mask(levels, gates), layer.mask(levels, gates))
 
 
-def test_is_exact_under_autocast():
-    u, v = (8 * x for x in users(dtype=torch.float32))
-    layer = MaskedGranularityLoss(4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_is_exact_under_autocast(device):
+    u, v = (8 * x for x in users(device, dtype=torch.float32))
+    layer = MaskedGranularityLoss(4, 4).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(layer(u, v), layer(u, v).float())
         mixed = layer(u, v)
     assert torch.equal(mixed, layer(u, v))

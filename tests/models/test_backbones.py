@@ -20,24 +20,26 @@ def attend_plainly(layer, queries, context):
     return layer.output(answer)
 
 
-def test_attention_matches_the_formula():
+def test_attention_matches_the_formula(device):
     torch.manual_seed(0)
-    layer = CausalAttention(6, 3).double()
-    queries, context = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    layer = CausalAttention(6, 3).to(device, torch.float64)
+    queries, context = torch.randn(2, 2, 5, 6, dtype=torch.float64).to(device)
     torch.testing.assert_close(layer(queries, context), attend_plainly(layer, queries, context))
 
 
-def test_attention_gradcheck():
+def test_attention_gradcheck(device):
     torch.manual_seed(0)
-    layer = CausalAttention(4, 2).double()
-    queries, context = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    layer = CausalAttention(4, 2).to(device, torch.float64)
+    queries, context = (
+        torch.randn(2, 3, 4, dtype=torch.float64).to(device).requires_grad_() for _ in range(2)
+    )
     assert torch.autograd.gradcheck(layer, (queries, context))
 
 
-def test_block_matches_the_formula():
+def test_block_matches_the_formula(device):
     torch.manual_seed(0)
-    backbone = SASRecBackbone(6, num_layers=1, num_heads=2, dropout=0.0).double()
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    backbone = SASRecBackbone(6, num_layers=1, num_heads=2, dropout=0.0).to(device, torch.float64)
+    x = torch.randn(2, 5, 6, dtype=torch.float64).to(device)
     block = backbone.blocks[0]
     normed = block.attention_norm(x)
     y = x + attend_plainly(block.attention, normed, normed)
@@ -46,29 +48,29 @@ def test_block_matches_the_formula():
     torch.testing.assert_close(backbone(x), y)
 
 
-def test_backbone_is_causal():
+def test_backbone_is_causal(device):
     torch.manual_seed(0)
-    backbone = SASRecBackbone(8).eval()
-    x = torch.randn(3, 6, 8)
+    backbone = SASRecBackbone(8).to(device).eval()
+    x = torch.randn(3, 6, 8).to(device)
     encoded = backbone(x)
     for t in range(5):
         changed = x.clone()
-        changed[:, t + 1 :] = torch.randn(3, 5 - t, 8)
+        changed[:, t + 1 :] = torch.randn(3, 5 - t, 8).to(device)
         assert torch.equal(backbone(changed)[:, : t + 1], encoded[:, : t + 1])
         assert not torch.allclose(backbone(changed)[:, t + 1 :], encoded[:, t + 1 :])
 
 
-def test_backbone_dropout_acts_in_training_only():
-    backbone = SASRecBackbone(8, dropout=0.5)
-    x = torch.randn(3, 6, 8)
+def test_backbone_dropout_acts_in_training_only(device):
+    backbone = SASRecBackbone(8, dropout=0.5).to(device)
+    x = torch.randn(3, 6, 8).to(device)
     assert not torch.equal(backbone(x), backbone(x))
     backbone.eval()
     assert torch.equal(backbone(x), backbone(x))
 
 
-def test_positioned_input():
-    layer = PositionedInput(4, 6, dropout=0.0)
-    x = torch.randn(2, 5, 4)
+def test_positioned_input(device):
+    layer = PositionedInput(4, 6, dropout=0.0).to(device)
+    x = torch.randn(2, 5, 4).to(device)
     expected = 2 * x + layer.position.weight[:5]
     torch.testing.assert_close(layer(x), expected)
     levels = torch.stack((x, 3 * x), dim=2)
@@ -76,15 +78,15 @@ def test_positioned_input():
     torch.testing.assert_close(layer(levels)[:, :, 1], 6 * x + layer.position.weight[:5])
 
 
-def test_state_dict_deepcopy_compile_autocast():
+def test_state_dict_deepcopy_compile_autocast(device):
     torch.manual_seed(0)
-    backbone, other = SASRecBackbone(8).eval(), SASRecBackbone(8).eval()
+    backbone, other = (SASRecBackbone(8).to(device).eval() for _ in range(2))
     other.load_state_dict(backbone.state_dict())
-    x = torch.randn(2, 5, 8)
+    x = torch.randn(2, 5, 8).to(device)
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     for twin in (other, copy.deepcopy(backbone), compiled):
         torch.testing.assert_close(twin(x), backbone(x))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         mixed = backbone(x)
     torch.testing.assert_close(mixed.float(), backbone(x), rtol=0.05, atol=0.05)
 

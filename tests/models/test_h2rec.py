@@ -15,26 +15,30 @@ def make_sids(num_levels=4, sizes=None):
     return SemanticIds(torch.stack(codes, 1), codebook_sizes=sizes)
 
 
-def make_model(sids=None, **settings):
-    torch.manual_seed(0)
-    model = H2Rec(sids or make_sids(), **{"dim": 8, "max_length": 10, **settings})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+@pytest.fixture
+def make_model(device):
+    def make(sids=None, **settings):
+        torch.manual_seed(0)
+        model = H2Rec(sids or make_sids(), **{"dim": 8, "max_length": 10, **settings})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        return model.to(device)
+
+    return make
 
 
-def make_batch(lengths=(6, 2, 5)):
+@pytest.fixture
+def batch(device):
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.tensor(lengths)
-    sequences = torch.randint(NUM_ITEMS, (len(lengths), max(lengths) + 1), generator=generator)
-    padded = torch.arange(max(lengths)) >= lengths[:, None]
+    lengths = torch.tensor([6, 2, 5])
+    sequences = torch.randint(NUM_ITEMS, (3, 7), generator=generator)
+    padded = torch.arange(6) >= lengths[:, None]
     return SequenceBatch(
-        user_ids=torch.arange(len(lengths)),
-        item_ids=sequences[:, :-1].masked_fill(padded, NUM_ITEMS),
-        lengths=lengths,
-        targets=sequences[:, 1:].masked_fill(padded, NUM_ITEMS),
-        negatives=None,
+        user_ids=torch.arange(3).to(device),
+        item_ids=sequences[:, :-1].masked_fill(padded, NUM_ITEMS).to(device),
+        lengths=lengths.to(device),
+        targets=sequences[:, 1:].masked_fill(padded, NUM_ITEMS).to(device),
     )
 
 
@@ -43,14 +47,13 @@ class Pairs:
 
     def pairs_in_batch(self, item_ids):
         left, right = (item_ids[:, None] + 1 == item_ids[None]).nonzero().T
-        return torch.stack((left, right)), torch.full((len(left),), 0.5)
+        return torch.stack((left, right)), torch.full((len(left),), 0.5, device=item_ids.device)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("fusion", ["sum", "mean", "adaptive"])
-def test_is_two_branches(residual, fusion):
+def test_is_two_branches(residual, fusion, make_model, batch):
     model = make_model(residual=residual, fusion=fusion).eval()
-    batch = make_batch()
     levels, hashed = model.embedding(batch.item_ids)
     position = model.input.position.weight[:6]
     hash_input = hashed * 8**0.5 + position
@@ -66,17 +69,16 @@ def test_is_two_branches(residual, fusion):
     torch.testing.assert_close(model.item_vectors(batch.item_ids), items)
 
 
-def test_alignment_is_over_the_distinct_targets():
+def test_alignment_is_over_the_distinct_targets(make_model, batch, device):
     model = make_model(alignment_weight=0.3, min_shared_codes=2).eval()
-    batch = make_batch()
     items = sorted(set(batch.targets.flatten().tolist()) - {NUM_ITEMS})
-    levels, hashed = model.embedding(torch.tensor(items))
+    levels, hashed = model.embedding(torch.tensor(items, device=device))
     h = torch.nn.functional.normalize(hashed, dim=1)
     s = torch.nn.functional.normalize(levels.sum(1), dim=1)
     e = (h @ s.T / 0.5).exp()
     codes = make_sids().codes[items]
     for co_occurrence in (None, Pairs()):
-        weights = torch.zeros(len(items), len(items))
+        weights = torch.zeros(len(items), len(items), device=device)
         for i, a in enumerate(items):
             for j, b in enumerate(items):
                 if co_occurrence is not None and abs(a - b) == 1:
@@ -88,9 +90,8 @@ def test_alignment_is_over_the_distinct_targets():
         torch.testing.assert_close(losses["alignment"], 0.3 * (rows.mean() + columns.mean()) / 2)
 
 
-def test_masked_granularity_is_over_the_last_positions():
+def test_masked_granularity_is_over_the_last_positions(make_model, batch):
     model = make_model(granularity_weight=0.3).eval()
-    batch = make_batch()
     levels, hashed = model.embedding(batch.item_ids)
     level_input, hash_input = model.input(levels), model.input(hashed)
     _, gates = model.hash_attention(level_input, hash_input)
@@ -108,33 +109,32 @@ def test_masked_granularity_is_over_the_last_positions():
     torch.testing.assert_close(model.training_outputs(batch)[1]["granularity"], expected)
 
 
-def test_training_looks_up_once(monkeypatch):
+def test_training_looks_up_once(monkeypatch, make_model, batch):
     model = make_model()
     calls = []
     forward = model.embedding.forward
     monkeypatch.setattr(model.embedding, "forward", lambda ids: calls.append(ids) or forward(ids))
-    model.training_outputs(make_batch())
+    model.training_outputs(batch)
     assert len(calls) == 1
 
 
-def test_alignment_has_a_bound():
+def test_alignment_has_a_bound(make_model, batch):
     model = make_model(max_aligned_items=4)
-    items = [model._items_to_align(make_batch().targets) for _ in range(20)]
+    items = [model._items_to_align(batch.targets) for _ in range(20)]
     assert all(len(subset) == len(subset.unique()) == 4 for subset in items)
     assert not all(torch.equal(items[0], subset) for subset in items)
     assert NUM_ITEMS not in torch.cat(items)
-    _, losses = model.training_outputs(make_batch(), Pairs())
+    _, losses = model.training_outputs(batch, Pairs())
     assert torch.isfinite(losses["alignment"])
 
 
-def test_default_positives_share_all_codes_but_one():
+def test_default_positives_share_all_codes_but_one(make_model):
     assert make_model(make_sids(4)).alignment.min_shared_codes == 3
     assert make_model(make_sids(1)).alignment.min_shared_codes == 1
     assert make_model(make_sids(4), min_shared_codes=4).alignment.min_shared_codes == 4
 
 
-def test_losses_can_be_left_out():
-    batch = make_batch()
+def test_losses_can_be_left_out(make_model, batch):
     assert set(make_model(alignment_weight=0).training_outputs(batch)[1]) == {"granularity"}
     without = make_model(granularity_weight=0)
     assert set(without.training_outputs(batch)[1]) == {"alignment"}
@@ -142,22 +142,21 @@ def test_losses_can_be_left_out():
     assert set(make_model(make_sids(1)).training_outputs(batch)[1]) == {"alignment"}
 
 
-def test_batch_without_targets_is_not_aligned():
-    batch = make_batch()
+def test_batch_without_targets_is_not_aligned(make_model, batch):
     batch = batch._replace(targets=torch.full_like(batch.targets, NUM_ITEMS))
     assert set(make_model().training_outputs(batch)[1]) == {"granularity"}
 
 
-def test_shared_backbone_has_one_set_of_parameters():
+def test_shared_backbone_has_one_set_of_parameters(make_model):
     shared, own = make_model(share_backbone=True), make_model()
     assert shared.hash_backbone is shared.semantic_backbone
     backbone = sum(parameter.numel() for parameter in own.hash_backbone.parameters())
     assert sum(p.numel() for p in own.parameters()) == sum(p.numel() for p in shared.parameters()) + backbone
 
 
-def test_ragged_codebooks_and_sparse_gradients():
+def test_ragged_codebooks_and_sparse_gradients(make_model, batch):
     model = make_model(make_sids(sizes=(2, 7, 3)), sparse=True)
-    users, losses = model.training_outputs(make_batch(), Pairs())
+    users, losses = model.training_outputs(batch, Pairs())
     (users.sum() + sum(losses.values())).backward()
     assert model.embedding.hash_table.grad.is_sparse
     assert all(codebook.grad is not None for codebook in model.embedding.codebooks)
@@ -175,6 +174,6 @@ def test_ragged_codebooks_and_sparse_gradients():
         ({"num_heads": 3}, "num_heads must divide dim"),
     ],
 )
-def test_refuses_bad_settings(settings, message):
+def test_refuses_bad_settings(settings, message, make_model):
     with pytest.raises(ValueError, match=message):
         make_model(**settings)

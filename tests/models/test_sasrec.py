@@ -7,17 +7,17 @@ from h2rec.models import SASRec
 from h2rec.models.base import scale_tables
 
 
-def test_is_the_backbone_over_scaled_embeddings_and_positions():
+def test_is_the_backbone_over_scaled_embeddings_and_positions(device):
     torch.manual_seed(0)
-    model = SASRec(HashEmbedding(20, 8, padding_idx=20), max_length=6).eval()
-    items, lengths = torch.randint(20, (2, 5)), torch.tensor([5, 3])
+    model = SASRec(HashEmbedding(20, 8, padding_idx=20), max_length=6).to(device).eval()
+    items, lengths = torch.randint(20, (2, 5)).to(device), torch.tensor([5, 3], device=device)
     vectors = model.embedding(items) * 8**0.5 + model.input.position.weight[:5]
     torch.testing.assert_close(model.encode(items, lengths), model.backbone(vectors))
 
 
-def test_sparse_gradients_of_the_hash_table():
-    model = SASRec(HashEmbedding(20, 8, padding_idx=20, sparse=True), max_length=6)
-    model.encode(torch.tensor([[3, 4, 20]]), torch.tensor([2])).sum().backward()
+def test_sparse_gradients_of_the_hash_table(device):
+    model = SASRec(HashEmbedding(20, 8, padding_idx=20, sparse=True), max_length=6).to(device)
+    model.encode(torch.tensor([[3, 4, 20]], device=device), torch.tensor([2], device=device)).sum().backward()
     assert model.embedding.hash_table.grad.is_sparse
 
 

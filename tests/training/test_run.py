@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
 from h2rec import SemanticIds
+from h2rec.data import TrainBatches
 from h2rec.models import MODELS, SASRec
 from h2rec.training import TrainConfig, evaluate_model, load_model, rank_users, read_split, run, train_run
 
@@ -131,6 +132,27 @@ def test_same_seed_same_run(finished_run, make_config, files, tmp_path):
     assert other["models"]["h2rec"]["test"] != metrics["models"]["h2rec"]["test"]
 
 
+def test_every_epoch_has_batches_and_dropout_of_its_own(make_config, tmp_path, monkeypatch):
+    seen, seeds = [], []
+    original = run.Recommender.training_step
+
+    def step(self, batch, batch_idx):
+        seen.append(batch.user_ids.tolist())
+        seeds.append((self.current_epoch, torch.initial_seed()))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(run.Recommender, "training_step", step)
+    config = make_config(models=("hash",), seed=5)
+    train_run(config, tmp_path / "run")
+    batches = TrainBatches(read_split(config, 60), batch_size=32, max_length=8, seed=5)
+    expected = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        expected += [batch.user_ids.tolist() for batch in batches]
+    assert seen == expected
+    assert len(set(seeds)) == len({seed for _, seed in seeds}) == 3
+
+
 @pytest.mark.parametrize("loss", ["sampled_softmax", "bce"])
 @pytest.mark.parametrize("name", ["sum", "h2rec"])
 def test_every_loss_trains(loss, name, make_config, tmp_path):
@@ -193,33 +215,39 @@ class Killed(BaseException):
     """Not an Exception, so that nothing on the way can handle it."""
 
 
-@pytest.mark.parametrize("moment", ["best", "last", "ranks", "first", "inputs"])
-def test_a_run_goes_on_from_any_moment(moment, make_config, tmp_path, monkeypatch):
-    """Stopped between any two files, as SIGKILL would stop it."""
-    config = make_config(models=("hash", "h2rec"), patience=1, max_epochs=6, loss="bce")
-    undisturbed = train_run(config, tmp_path / "undisturbed")
-
-    def stop_at(name: str, owner, function: str, count: int) -> None:
+@pytest.fixture
+def stop_at(monkeypatch):
+    def stop(owner, function: str, name: str = "", after: int = 0) -> None:
+        """Stops a run at a call of a function, after so many with an argument that holds this name."""
         original, calls = getattr(owner, function), [0]
 
         def stopping(*arguments, **options):
             calls[0] += any(name in str(argument) for argument in arguments)
-            if calls[0] > count:
+            if calls[0] > after:
                 raise Killed
             return original(*arguments, **options)
 
         monkeypatch.setattr(owner, function, stopping)
 
+    return stop
+
+
+@pytest.mark.parametrize("moment", ["best", "last", "ranks", "first", "inputs"])
+def test_a_run_goes_on_from_any_moment(moment, make_config, tmp_path, stop_at, monkeypatch):
+    """Stopped between any two files, as SIGKILL would stop it."""
+    config = make_config(models=("hash", "h2rec"), patience=1, max_epochs=6, loss="bce")
+    undisturbed = train_run(config, tmp_path / "undisturbed")
+
     if moment == "best":  # the best checkpoint of the second model is there, its last one is an epoch behind
-        stop_at("h2rec/checkpoints/last.ckpt", run.WholeCheckpoints, "save_checkpoint", 1)
+        stop_at(run.WholeCheckpoints, "save_checkpoint", "h2rec/checkpoints/last.ckpt", after=1)
     elif moment == "last":  # an epoch is over, its files are not written
-        stop_at("h2rec/checkpoints/last.ckpt", run.WholeCheckpoints, "save_checkpoint", 2)
+        stop_at(run.WholeCheckpoints, "save_checkpoint", "h2rec/checkpoints/last.ckpt", after=2)
     elif moment == "first":  # nothing but the first model's best checkpoint
-        stop_at("hash/checkpoints/last.ckpt", run.WholeCheckpoints, "save_checkpoint", 0)
+        stop_at(run.WholeCheckpoints, "save_checkpoint", "hash/checkpoints/last.ckpt")
     elif moment == "ranks":  # trained to the end, and stopped early by patience, but not evaluated
-        stop_at("", run, "rank_users", 2)
+        stop_at(run, "rank_users", after=2)
     else:  # the config is written, the rest of the inputs are not
-        stop_at("", run, "write_catalog", 0)
+        stop_at(run, "write_catalog")
     with pytest.raises(Killed):
         train_run(config, tmp_path / "killed")
     monkeypatch.undo()
@@ -233,6 +261,21 @@ def test_a_run_goes_on_from_any_moment(moment, make_config, tmp_path, monkeypatc
             for folder in (tmp_path / "killed", tmp_path / "undisturbed")
         ]
         torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_stops_when_nothing_gets_better(make_config, tmp_path, stop_at, monkeypatch):
+    """Patience counts from the best epoch, the first of equals, whether or not the run was interrupted."""
+    config = make_config(models=("hash",), learning_rate=1e-12, patience=2, max_epochs=9)
+    stop_at(run.WholeCheckpoints, "save_checkpoint", "last.ckpt", after=2)
+    with pytest.raises(Killed):
+        train_run(config, tmp_path / "run")
+    monkeypatch.undo()
+    metrics = train_run(config, tmp_path / "run", resume=True)["models"]["hash"]
+    assert (metrics["epochs"], metrics["best_epoch"]) == (3, 0)
+    scores = {row["valid_NDCG@10"] for row in read_rows(tmp_path / "run" / "hash")}
+    assert len(scores) == 1, "scores were to stay the same"
+    best = torch.load(tmp_path / "run" / "hash" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == 0
 
 
 def test_sigkill_at_a_random_moment(make_config, tmp_path):
@@ -290,12 +333,12 @@ def test_resume_with_another_config(finished_run, make_config):
 
 
 @pytest.fixture
-def half_run(make_config, tmp_path) -> Path:
-    """A run of one model that was stopped before its evaluation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "rank_users", lambda *_, **__: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            train_run(make_config(models=("hash", "semantic"), max_epochs=1), tmp_path / "run")
+def half_run(make_config, tmp_path, stop_at, monkeypatch) -> Path:
+    """A run that was stopped before the evaluation of its first model."""
+    stop_at(run, "rank_users")
+    with pytest.raises(Killed):
+        train_run(make_config(models=("hash", "semantic"), max_epochs=1), tmp_path / "run")
+    monkeypatch.undo()
     return tmp_path / "run"
 
 
