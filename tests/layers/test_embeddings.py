@@ -1,6 +1,7 @@
 """What the three embedding layers have in common, and what each adds."""
 
 import copy
+from itertools import accumulate
 
 import pytest
 import torch
@@ -61,6 +62,52 @@ def test_shapes_and_attributes(name, item_ids, device):
         assert [r.shape for r in result] == [(4, 5, 3, DIM), (4, 5, DIM)]
     else:
         assert result[0].shape == (4, 5, *SHAPES.get(name, (DIM,)))
+
+
+def rows_of(layer, item: int) -> list[int]:
+    """Rows of the hash table that stand for an item, in Python's integers."""
+    mode = getattr(layer, "mode", "prefix")
+    if mode == "direct":
+        return [item]
+    if mode == "qr":
+        divisor = layer.hashing.divisor
+        return [item % divisor, divisor + item // divisor]
+    size, constants = len(layer.hash_table), layer.hash_constants.tolist()
+    keys = [item] * len(constants)
+    if mode == "prefix":
+        codes = layer.codes[item].tolist()
+        _, *keys = accumulate(codes, lambda key, code: key * 0x9E3779B97F4A7C15 + code + 1, initial=0)
+    return [
+        ((((a * key + b) % 2**64) >> 32) * size) >> 32 for key, (a, b) in zip(keys, constants, strict=True)
+    ]
+
+
+def test_values(name, item_ids, device):
+    """What each pooling and fusion is, in plain indexing."""
+    layer = LAYERS[name]().to(device)
+    ids = item_ids.flatten()
+    semantic = hashed = None
+    if hasattr(layer, "codebooks"):
+        levels = [book[layer.codes[ids, level].long()] for level, book in enumerate(layer.codebooks)]
+        semantic = {
+            "sum": lambda: sum(levels),
+            "mean": lambda: sum(levels) / len(levels),
+            "levels": lambda: torch.stack(levels, 1),
+            "concat": lambda: torch.cat(levels, 1),
+        }[layer.pooling]()
+    if hasattr(layer, "hash_table"):
+        hashed = torch.stack([layer.hash_table[rows_of(layer, item)].sum(0) for item in ids.tolist()])
+    expected = tuple(half for half in (semantic, hashed) if half is not None)
+    if len(expected) == 2 and layer.fusion != "none":
+        both = torch.cat([semantic, hashed], 1)
+        expected = {
+            "sum": lambda: (semantic + hashed,),
+            "mean": lambda: ((semantic + hashed) / 2,),
+            "concat": lambda: (both,),
+            "gate": lambda: (semantic + layer.gate(both).sigmoid() * (hashed - semantic),),
+        }[layer.fusion]()
+    for result, value in zip(outputs(layer, item_ids), expected, strict=True):
+        torch.testing.assert_close(result.flatten(0, 1), value)
 
 
 def test_padding_gives_zeros_and_no_gradient(name, item_ids, device):
@@ -131,8 +178,12 @@ def test_starts_from_the_codebooks_of_the_right_dimension():
 def test_sparse_gradients(item_ids, device):
     for name in ("hash", "both sum"):
         layer = LAYERS[name](sparse=True).to(device)
-        layer(item_ids).sum().backward()
+        dense = LAYERS[name]().to(device)
+        dense.load_state_dict(layer.state_dict())
+        for twin in (layer, dense):
+            twin(item_ids).square().sum().backward()
         assert layer.hash_table.grad.is_sparse
+        torch.testing.assert_close(layer.hash_table.grad.to_dense(), dense.hash_table.grad)
 
 
 def test_hash_table_starts_from_content(device):

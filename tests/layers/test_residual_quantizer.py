@@ -52,6 +52,33 @@ def test_training_lowers_the_error_and_revives_dead_codes(device):
     assert layer.packed_codebooks.abs().max() < 100
 
 
+def test_one_step_of_the_running_means(device):
+    """Counts, sums and codewords after one batch, in the formula's words (a codeword that nobody chose included)."""
+    torch.manual_seed(0)
+    layer = ResidualQuantizer(6, 2, (3, 4), ema_decay=0.9, dead_code_threshold=0.0).to(device)
+    x = clustered(20).to(device)
+    before = [book.clone() for book in layer.codebooks]
+    _, codes, _ = layer(x)
+    residual = x
+    for level, (old, new) in enumerate(zip(before, layer.codebooks, strict=True)):
+        for code in range(len(old)):
+            chosen = residual[codes[:, level] == code]
+            count = 0.9 * 1 + 0.1 * len(chosen)
+            torch.testing.assert_close(new[code], (0.9 * old[code] + 0.1 * chosen.sum(0)) / count)
+        residual = residual - old[codes[:, level].long()]
+
+
+def test_dead_codewords_become_rows_of_the_batch(device):
+    layer = ResidualQuantizer(6, 1, 4, ema_decay=0.5, dead_code_threshold=0.6).to(device)
+    layer.packed_codebooks[1:] = 1e3  # out of reach
+    x = clustered(20).to(device)
+    layer(x)
+    for row in layer.codebooks[0][1:]:
+        assert (x == row).all(1).any()
+    assert layer.ema_counts[1:].tolist() == [1, 1, 1]
+    assert torch.equal(layer.ema_sums[1:], layer.packed_codebooks[1:])
+
+
 def test_evaluation_changes_nothing(device):
     layer = ResidualQuantizer(6, 2, 8).to(device).eval()
     before = copy.deepcopy(layer.state_dict())
