@@ -192,13 +192,16 @@ def test_ranks_share_the_users_and_the_number_of_batches(random_split, world_siz
     assert len(users) == len(set(users)) == trainable - trainable % world_size
 
 
-def test_ranks_draw_different_negatives(make_split):
-    split = make_split([[0, 1]] * 4, 1000)
-    first, second = (
-        next(iter(TrainBatches(split, batch_size=2, max_length=5, num_negatives=9, rank=rank, world_size=2)))
-        for rank in range(2)
-    )
-    assert not torch.equal(first.negatives, second.negatives)
+def test_every_batch_draws_negatives_of_its_own(make_split):
+    split = make_split([[0, 1]] * 8, 1000)
+    drawn = []
+    for rank in range(2):
+        options = {"batch_size": 2, "max_length": 5, "num_negatives": 9, "rank": rank, "world_size": 2}
+        batches = TrainBatches(split, **options)
+        for epoch in range(2):
+            batches.set_epoch(epoch)
+            drawn += [tuple(batch.negatives.flatten().tolist()) for batch in batches]
+    assert len(set(drawn)) == len(drawn) == 8
 
 
 def test_similar_lengths_stand_together_but_epochs_differ(make_split):
