@@ -6,9 +6,11 @@ from h2rec.tokenizers.prefix_trie import PrefixTrie
 from h2rec.tokenizers.product_quantizer import ProductQuantizer
 from h2rec.tokenizers.quality import PrefixLoad, QualityReport, quality_report
 from h2rec.tokenizers.rq_kmeans import RQKMeans
+from h2rec.tokenizers.rq_vae import RQVAE
 from h2rec.tokenizers.vector_files import VectorFile, open_vectors
 
 __all__ = [
+    "RQVAE",
     "EncodeProgress",
     "PrefixLoad",
     "PrefixTrie",
