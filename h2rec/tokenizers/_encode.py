@@ -5,13 +5,16 @@ import time
 from collections.abc import Callable, Sequence, Sized
 from typing import NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from h2rec import ops
 from h2rec._version import __version__
 from h2rec.ops.vector_batches import VectorSource, vector_batches
 from h2rec.semantic_ids import SemanticIds
+
+# Batches of tens of megabytes leave holes in the heap that add up to hundreds.
+_MOST_ROWS = 4096
 
 
 class EncodeProgress(NamedTuple):
@@ -52,9 +55,10 @@ def encode(
     if codebooks is None:
         raise RuntimeError("fit must be called before tokenize")
     total = len(vectors) if isinstance(vectors, Sized) else None
-    started, done, codes = time.perf_counter(), 0, []
-    for batch in vector_batches(vectors, batch_size):
-        codes.append(ops.residual_quantize(batch, codebooks, beam_size=beam_size)[1].cpu())
+    # One buffer that grows: tensors kept from each batch would pin the heap between the batches' own.
+    started, done, codes = time.perf_counter(), 0, bytearray()
+    for batch in vector_batches(vectors, min(batch_size, _MOST_ROWS)):
+        codes += ops.residual_quantize(batch, codebooks, beam_size=beam_size)[1].cpu().numpy().tobytes()
         done += len(batch)
         if progress is not None:
             rate = done / max(time.perf_counter() - started, 1e-9)
@@ -62,7 +66,7 @@ def encode(
     sizes = [len(codebook) for codebook in codebooks]
     provenance = {"h2rec": __version__, "dim": codebooks[0].shape[1], **provenance, "beam_size": beam_size}
     return SemanticIds(
-        torch.cat(codes) if codes else torch.zeros(0, len(sizes), dtype=torch.int32),
+        np.frombuffer(codes, dtype=np.int32).reshape(-1, len(sizes)),
         codebook_sizes=sizes,
         codebooks=[codebook.cpu() for codebook in codebooks],
         provenance={

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BATCH_BYTES = 16 << 20
+_BATCH_BYTES = 4 << 20
 _SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
