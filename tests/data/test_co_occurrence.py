@@ -81,12 +81,16 @@ def test_window_by_hand(make_split):
 
 
 def test_equal_sums_of_decay_are_equal(make_split):
-    # Item 0 has item 1 six times at distance 3, and item 2 twice at distance 1: both are 2.
-    sequences = [[0, 3, 4, 1, 3], [0, 3, 4, 1, 4]] * 3 + [[0, 2], [0, 2]]
-    sequences = [s if len(s) == 2 else [*s[:4], 5, 5] for s in sequences]
-    found = co_occurrence(make_split(sequences, 6), window=3, weight="decay", max_per_item=9)
-    row = rows_of(found)[0]
+    # Item 0 has item 1 six times at distance 3, and item 2 twice at distance 1: both are 2, though not in floats.
+    sequences = [[0, 3, 4, 1, 5, 5]] * 6 + [[0, 2]] * 2
+    options = {"window": 3, "weight": "decay"}
+    row = rows_of(co_occurrence(make_split(sequences, 6), **options))[0]
     assert row[1] == row[2]
+    swapped = [[{1: 2, 2: 1}.get(item, item) for item in sequence] for sequence in sequences]
+    for log in (sequences, swapped):  # of equals the lower id is kept
+        rows = rows_of(co_occurrence(make_split(log, 6), **options, max_per_item=3))
+        assert 1 in rows[0]
+        assert 2 not in rows[0]
 
 
 def test_sequences_do_not_run_into_each_other(make_split):
