@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INSTALLED := .venv/.installed
 DEMO_DATA := .venv/.demo-data
 OFFLINE := { echo 'pip could not install it, see above (is there a network?)'; exit 1; }
-BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
 .PHONY: help venv demo test lint bench clean
 

@@ -4,12 +4,15 @@ H2REC_BUILD_EXT=0     pure Python
 H2REC_BUILD_EXT=1     h2rec._C and h2rec._catalog for the CPU; it is an error if they cannot be built
 H2REC_BUILD_EXT=cuda  the same, and nvcc must be there
 unset                 what can be built is built, and what cannot is left out
+
+Where it is unset, CUDA code is part of h2rec._C whenever nvcc is there.
 """
 
 import contextlib
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 
 from setuptools import Extension, find_packages, setup
@@ -17,6 +20,13 @@ from setuptools.command.build_ext import build_ext
 
 MODES = ("", "0", "1", "cuda")
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
+CUDA_SOURCE = "csrc/cuda/residual_quantize.cu"
+CUDA_HEADERS = ["csrc/cuda/device.h", "csrc/cuda/residual_quantize.h"]
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"),
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)),
+    "-gencode=arch=compute_100,code=compute_100",  # PTX, for devices that are yet to come
+]
 LINK_FLAGS = ["-Wl,-s"] if sys.platform.startswith("linux") else []
 
 
@@ -35,6 +45,31 @@ def find_nvcc():
     return next(filter(None, map(shutil.which, [*candidates, "nvcc"])), None)
 
 
+def cuda_libraries(nvcc):
+    """Where libcudart_static.a of this nvcc is; nvcc may be a wrapper that lies elsewhere."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", os.devnull]
+    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    tops = [line.split("=", 1)[1].strip() for line in output.splitlines() if line.startswith("#$ TOP=")]
+    folders = [
+        os.path.join(top, name) for top in tops for name in ("lib64", "lib", "targets/x86_64-linux/lib")
+    ]
+    return next((f for f in folders if os.path.exists(os.path.join(f, "libcudart_static.a"))), None)
+
+
+def add_cuda(extension, nvcc, build_temp):
+    """Compiles the device code without torch, and links it and a static CUDA runtime into `extension`."""
+    libraries = cuda_libraries(nvcc)
+    if libraries is None:
+        raise RuntimeError(f"{nvcc} has no libcudart_static.a")
+    os.makedirs(build_temp, exist_ok=True)
+    compiled = os.path.abspath(os.path.join(build_temp, "residual_quantize.cu.o"))
+    subprocess.run([nvcc, *NVCC_FLAGS, "-c", CUDA_SOURCE, "-o", compiled], check=True)
+    extension.extra_objects.append(compiled)
+    extension.library_dirs.append(libraries)
+    extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    extension.extra_compile_args.append("-DH2REC_WITH_CUDA")
+
+
 def torch_extension():
     """h2rec._C: registers kernels with torch; LibTorch stable ABI, Python limited API."""
     from torch.utils.cpp_extension import CppExtension
@@ -42,7 +77,10 @@ def torch_extension():
     return CppExtension(
         "h2rec._C",
         ["csrc/ops.cpp"],
-        depends=["csrc/cpu/capability.h", "csrc/cpu/for_each_isa.h", "csrc/cpu/parallel.h"],
+        depends=[
+            *("csrc/cpu/capability.h", "csrc/cpu/for_each_isa.h", "csrc/cpu/parallel.h"),
+            *(CUDA_SOURCE, *CUDA_HEADERS),
+        ],
         py_limited_api=True,
         extra_compile_args=[*CXX_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         extra_link_args=LINK_FLAGS,
@@ -91,7 +129,7 @@ def build_command(base, mode, nvcc):
     class BuildExtensions(base):
         def run(self):
             names = " and ".join(extension.name for extension in self.extensions)
-            cuda = f"; nvcc is {nvcc}, but this version has no CUDA code to compile" if nvcc else ""
+            cuda = f" and CUDA, with {nvcc}" if nvcc else ""
             print(f"h2rec: building {names} (CPU{cuda})", flush=True)
             super().run()
 
@@ -103,9 +141,19 @@ def build_command(base, mode, nvcc):
 
         def build_extension(self, extension):
             try:
+                if extension.name == "h2rec._C" and nvcc:
+                    self.build_cuda(extension)
                 super().build_extension(extension)
             except Exception as error:
                 self.leave_out([extension], error)
+
+        def build_cuda(self, extension):
+            try:
+                add_cuda(extension, nvcc, self.build_temp)
+            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                if mode == "cuda":
+                    raise
+                warn(f"the CUDA kernels: {error}")
 
         def leave_out(self, extensions, error):
             if mode:
@@ -124,7 +172,7 @@ def warn(left_out):
 
 
 mode = read_mode()
-nvcc = find_nvcc() if mode == "cuda" else None
+nvcc = find_nvcc() if mode in ("", "cuda") else None
 if mode == "cuda" and nvcc is None:
     sys.exit("H2REC_BUILD_EXT=cuda, but there is no nvcc: set NVCC or CUDA_HOME, or put nvcc on the PATH")
 extensions, left_out = choose_extensions(mode)

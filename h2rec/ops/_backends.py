@@ -20,7 +20,7 @@ OPERATORS = ("residual_quantize", "harmonized_embedding", "alignment_loss")
 # Operators whose kernels exist.
 _CPP_OPERATORS: tuple[str, ...] = ()
 _TRITON_OPERATORS: tuple[str, ...] = ()
-_CUDA_OPERATORS: tuple[str, ...] = ()
+_CUDA_OPERATORS: tuple[str, ...] = ("residual_quantize",)
 
 
 def _why_not_reference(operator: str, device_type: str) -> str | None:
@@ -46,7 +46,7 @@ def _why_not_cuda(operator: str, device_type: str) -> str | None:
         return "its CUDA kernel is not written yet"
     if device_type != "cuda":
         return f"it runs on CUDA devices, not on {device_type}"
-    return extension_error()
+    return extension_error() or _why_no_cuda_code()
 
 
 # In order of preference.
@@ -74,6 +74,14 @@ def extension_error() -> str | None:
         importlib.import_module("h2rec._C")
     except ImportError as error:
         return f"h2rec._C cannot be imported ({error}); `pip install --no-build-isolation .` in a checkout builds it"
+    return None
+
+
+def _why_no_cuda_code() -> str | None:
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    if not hasattr(torch.ops.h2rec, "_cuda_residual_quantize"):
+        return "h2rec._C was built without nvcc; H2REC_BUILD_EXT=cuda asks for it"
     return None
 
 

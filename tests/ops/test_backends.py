@@ -28,7 +28,7 @@ def test_every_backend_serves_or_says_why_not(operator):
 def test_a_requested_backend_that_cannot_serve_raises_with_the_reason():
     with (
         h2rec.use_backend("cuda"),
-        pytest.raises(RuntimeError, match="backend 'cuda' cannot serve residual_quantize: its CUDA kernel"),
+        pytest.raises(RuntimeError, match="backend 'cuda' cannot serve residual_quantize: it runs on CUDA"),
     ):
         quantize()
     quantize()  # the request has ended
