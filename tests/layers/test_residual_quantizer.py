@@ -15,7 +15,11 @@ def clustered(num_rows=600, dim=6, seed=0):
 
 def test_fit_encode_decode(device):
     x = clustered().to(device)
-    layer = ResidualQuantizer(6, 2, (10, 4)).to(device).fit(x)
+    layer = ResidualQuantizer(6, 2, (10, 4)).to(device)
+    layer(x)  # what had been learned before does not matter
+    layer.fit(x)
+    assert (layer.ema_counts == 1).all()
+    assert torch.equal(layer.ema_sums, layer.packed_codebooks)  # the running means start from there
     codes = layer.encode(x.view(2, 300, 6))
     assert codes.shape == (2, 300, 2)
     decoded = layer.decode(codes).view(600, 6)

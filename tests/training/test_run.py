@@ -19,7 +19,16 @@ from lightning.pytorch.callbacks import RichProgressBar
 from h2rec import SemanticIds
 from h2rec.data import TrainBatches
 from h2rec.models import MODELS, SASRec
-from h2rec.training import TrainConfig, evaluate_model, load_model, rank_users, read_split, run, train_run
+from h2rec.training import (
+    TrainConfig,
+    evaluate_model,
+    load_model,
+    module,
+    rank_users,
+    read_split,
+    run,
+    train_run,
+)
 
 GROUP = {f"{name}@{k}" for name in ("HR", "NDCG") for k in (5, 10, 20)} | {"count"}
 
@@ -164,6 +173,36 @@ def test_every_loss_trains(loss, name, make_config, tmp_path):
     assert metrics["ranking"]["history_masked"]
     rows = read_rows(tmp_path / "run" / name)
     assert rows[-1]["train_next_item"] < 0.9 * rows[0]["train_next_item"]
+    # Epochs are validated by the rules of the end, the masked history among them.
+    best = metrics["models"][name]["valid"]["full"]["overall"]["NDCG@10"]
+    assert max(row["valid_NDCG@10"] for row in rows) == pytest.approx(best, abs=1e-6)
+
+
+def test_sampled_softmax_leaves_out_the_users_own_items(make_config, tmp_path, monkeypatch):
+    batches, masks = [], []
+    original_step, original_loss = run.Recommender.training_step, module.sampled_softmax
+
+    def step(self, batch, batch_idx):
+        batches.append((batch, self.model.padding_idx))
+        return original_step(self, batch, batch_idx)
+
+    def loss(users, targets, negatives, hits):
+        masks.append(hits.cpu())
+        return original_loss(users, targets, negatives, hits)
+
+    drawn = torch.arange(60).repeat(2)  # so that every item is among the negatives, twice
+    monkeypatch.setattr(run.Recommender, "training_step", step)
+    monkeypatch.setattr(module, "sampled_softmax", loss)
+    monkeypatch.setattr(torch, "randint", lambda *_, device=None, **__: drawn.to(device))
+    train_run(make_config(models=("hash",), loss="sampled_softmax", max_epochs=1), tmp_path / "run")
+    for (batch, padding), mask in zip(batches, masks, strict=True):
+        expected = [
+            [item in {*items, *targets} for item in drawn.tolist()]
+            for items, targets in zip(batch.item_ids.tolist(), batch.targets.tolist(), strict=True)
+            for target in targets
+            if target != padding
+        ]
+        assert mask.tolist() == expected
 
 
 def test_raw_rows_without_a_catalog(make_config, tmp_path, monkeypatch, capsys):
