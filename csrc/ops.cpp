@@ -6,26 +6,108 @@
 // fragment, because the namespace belongs to the Python side.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
+#include <tuple>
 
+#include "cpu/alignment_loss.h"
 #include "cpu/capability.h"
 
 #ifdef H2REC_WITH_CUDA
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <tuple>
 
 #include "cuda/residual_quantize.h"
 #endif
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
 static std::string cpu_capability() { return h2rec::name_of(h2rec::capability()); }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) { m.def("cpu_capability() -> str"); }
+static void parallel_for(int64_t begin, int64_t end, int64_t grain, const h2rec::RangeFunction& range) {
+  torch::stable::parallel_for(begin, end, grain, range);
+}
+
+template <typename T>
+static const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+// ---- alignment_loss: contiguous tensors of one floating dtype, int32 labels; h2rec/ops/_cpp.py brings them into this form
+
+template <typename T>
+static h2rec::AlignmentInputs<T> alignment_inputs(const Tensor& hash_emb, const Tensor& semantic_emb, double temperature,
+                                                  const OptionalTensor& items, const OptionalTensor& codes,
+                                                  int64_t min_shared_codes, const OptionalTensor& pair_start,
+                                                  const OptionalTensor& pair_column, const OptionalTensor& pair_weight) {
+  return {hash_emb.const_data_ptr<T>(),
+          semantic_emb.const_data_ptr<T>(),
+          hash_emb.size(0),
+          hash_emb.size(1),
+          temperature,
+          data_or_null<int32_t>(items),
+          data_or_null<int32_t>(codes),
+          codes ? codes->size(0) : 0,
+          min_shared_codes,
+          data_or_null<int64_t>(pair_start),
+          data_or_null<int32_t>(pair_column),
+          data_or_null<T>(pair_weight)};
+}
+
+static std::tuple<Tensor, Tensor> alignment_loss(Tensor hash_emb, Tensor semantic_emb, double temperature,
+                                                 OptionalTensor items, OptionalTensor codes, int64_t min_shared_codes,
+                                                 OptionalTensor pair_start, OptionalTensor pair_column,
+                                                 OptionalTensor pair_weight) {
+  Tensor losses = torch::stable::new_empty(hash_emb, {hash_emb.size(0)});
+  Tensor statistics = torch::stable::new_empty(hash_emb, {4, hash_emb.size(0)});
+  const auto compute = [&]<typename T>() {
+    h2rec::alignment_loss<T>(alignment_inputs<T>(hash_emb, semantic_emb, temperature, items, codes, min_shared_codes,
+                                                 pair_start, pair_column, pair_weight),
+                             losses.mutable_data_ptr<T>(), statistics.mutable_data_ptr<T>(), parallel_for);
+  };
+  hash_emb.scalar_type() == ScalarType::Double ? compute.operator()<double>() : compute.operator()<float>();
+  return {losses, statistics};
+}
+
+static std::tuple<Tensor, Tensor, double> alignment_loss_backward(Tensor grad_losses, Tensor statistics, Tensor hash_emb,
+                                                                  Tensor semantic_emb, double temperature,
+                                                                  OptionalTensor items, OptionalTensor codes,
+                                                                  int64_t min_shared_codes, OptionalTensor pair_start,
+                                                                  OptionalTensor pair_column, OptionalTensor pair_weight) {
+  Tensor grad_hash = torch::stable::empty_like(hash_emb), grad_semantic = torch::stable::empty_like(semantic_emb);
+  const auto compute = [&]<typename T>() {
+    return h2rec::alignment_loss_backward<T>(
+        alignment_inputs<T>(hash_emb, semantic_emb, temperature, items, codes, min_shared_codes, pair_start, pair_column,
+                            pair_weight),
+        grad_losses.const_data_ptr<T>(), statistics.const_data_ptr<T>(), grad_hash.mutable_data_ptr<T>(),
+        grad_semantic.mutable_data_ptr<T>(), parallel_for);
+  };
+  const bool is_double = hash_emb.scalar_type() == ScalarType::Double;
+  return {grad_hash, grad_semantic, is_double ? compute.operator()<double>() : compute.operator()<float>()};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) {
+  m.def("cpu_capability() -> str");
+  m.def(
+      "_cpp_alignment_loss(Tensor hash_emb, Tensor semantic_emb, float temperature, Tensor? items, Tensor? codes, "
+      "int min_shared_codes, Tensor? pair_start, Tensor? pair_column, Tensor? pair_weight) -> (Tensor, Tensor)");
+  m.def(
+      "_cpp_alignment_loss_backward(Tensor grad_losses, Tensor statistics, Tensor hash_emb, Tensor semantic_emb, "
+      "float temperature, Tensor? items, Tensor? codes, int min_shared_codes, Tensor? pair_start, Tensor? pair_column, "
+      "Tensor? pair_weight) -> (Tensor, Tensor, float)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(h2rec, CPU, m) {
+  m.impl("_cpp_alignment_loss", TORCH_BOX(&alignment_loss));
+  m.impl("_cpp_alignment_loss_backward", TORCH_BOX(&alignment_loss_backward));
+}
 
 // No tensor argument says which device is meant, hence the key that serves all.
 STABLE_TORCH_LIBRARY_IMPL(h2rec, CompositeExplicitAutograd, m) {

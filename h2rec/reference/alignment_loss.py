@@ -63,7 +63,8 @@ def _log1p_exp(x: Tensor) -> Tensor:
 def _grad_of_log_ratio(logits: Tensor, weights: Tensor, log_p: Tensor, loss: Tensor) -> Tensor:
     """``e / R - w e / P`` with log R = log P + loss, written so that nothing cancels where the loss is near 0."""
     negative = (1 - weights) * (logits - log_p - loss).exp()
-    return negative + weights * (logits - log_p).exp() * torch.expm1(-loss)
+    # The weight goes into the exponent: beside a positive far below it, a negative's exponential alone may be infinite.
+    return negative + (logits + weights.log() - log_p).exp() * torch.expm1(-loss)
 
 
 def positive_weights(

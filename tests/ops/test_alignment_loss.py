@@ -129,6 +129,38 @@ def test_zero_rows_count_as_zero_and_get_no_gradient(backend, device, generator)
     assert h.grad[5:].any()
 
 
+@pytest.mark.parametrize("temperature", [1 / 300, 1 / 700])
+def test_cold(backend, temperature, device, generator):
+    h, s = torch.randn(2, 40, 8, generator=generator).to(device)
+    check_against_eager(h, s, temperature, make_positives("items", 40, generator), generator)
+
+
+def test_ids_beyond_32_bits(backend, device, generator):
+    h, s = torch.randn(2, 6, 5, generator=generator).to(device)
+    ids = torch.tensor([0, 2**32, 2**32, -(2**40), 0, 7], device=device)
+    small = torch.tensor([0, 1, 1, 2, 0, 7], device=device)
+    assert torch.equal(ops.alignment_loss(h, s, item_ids=ids), ops.alignment_loss(h, s, item_ids=small))
+
+
+def test_same_bits_for_any_number_of_threads(backend, device, generator):
+    leaves = [x.requires_grad_() for x in torch.randn(2, 300, 70, generator=generator).to(device)]
+    options = to_device(make_positives("all", 300, generator), device)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            loss = ops.alignment_loss(*leaves, **options)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    if backend == "reference":  # plain products promise nothing
+        torch.testing.assert_close(results[0], results[2])
+    else:
+        for first, *others in zip(*results, strict=True):
+            assert all(torch.equal(first, other) for other in others)
+
+
 def test_one_row_gives_zero(backend, device):
     assert ops.alignment_loss(torch.ones(1, 3, device=device), -torch.ones(1, 3, device=device)).item() == 0
 
