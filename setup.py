@@ -76,10 +76,11 @@ def torch_extension():
 
     return CppExtension(
         "h2rec._C",
-        ["csrc/ops.cpp", "csrc/cpu/alignment_loss.cpp"],
+        ["csrc/ops.cpp", "csrc/cpu/alignment_loss.cpp", "csrc/cpu/residual_quantize.cpp"],
         depends=[
             *("csrc/cpu/capability.h", "csrc/cpu/for_each_isa.h", "csrc/cpu/parallel.h"),
             *("csrc/cpu/alignment_loss.h", "csrc/cpu/alignment_loss.inl", "csrc/cpu/alignment_tiles.h"),
+            *("csrc/cpu/residual_quantize.h", "csrc/cpu/residual_quantize.inl"),
             *(CUDA_SOURCE, *CUDA_HEADERS),
         ],
         py_limited_api=True,

@@ -14,9 +14,11 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/alignment_loss.h"
 #include "cpu/capability.h"
+#include "cpu/residual_quantize.h"
 
 #ifdef H2REC_WITH_CUDA
 #include <dlfcn.h>
@@ -93,6 +95,37 @@ static std::tuple<Tensor, Tensor, double> alignment_loss_backward(Tensor grad_lo
   return {grad_hash, grad_semantic, is_double ? compute.operator()<double>() : compute.operator()<float>()};
 }
 
+// ---- residual_quantize: codebooks are contiguous, in the dtype of the arithmetic
+
+static h2rec::FloatType float_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return h2rec::FloatType::kFloat64;
+    case ScalarType::BFloat16:
+      return h2rec::FloatType::kBFloat16;
+    case ScalarType::Half:
+      return h2rec::FloatType::kFloat16;
+    default:
+      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "x must be float, double, half or bfloat16");
+      return h2rec::FloatType::kFloat32;
+  }
+}
+
+static std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const Tensor& codebooks,
+                                                    const std::vector<int64_t>& sizes, int64_t beam_size) {
+  const auto num_levels = static_cast<int64_t>(sizes.size());
+  Tensor quantized = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor codes = torch::stable::new_empty(x, {x.size(0), num_levels}, ScalarType::Int);
+  const h2rec::Vectors vectors{x.const_data_ptr(), float_type(x), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+  const h2rec::QuantizedVectors out{quantized.mutable_data_ptr(), codes.mutable_data_ptr<int32_t>()};
+  const auto compute = [&]<typename T>() {
+    h2rec::residual_quantize<T>(vectors, {codebooks.const_data_ptr<T>(), sizes.data(), num_levels}, beam_size, out,
+                                parallel_for);
+  };
+  codebooks.scalar_type() == ScalarType::Double ? compute.operator()<double>() : compute.operator()<float>();
+  return {quantized, codes};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) {
   m.def("cpu_capability() -> str");
   m.def(
@@ -102,11 +135,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) {
       "_cpp_alignment_loss_backward(Tensor grad_losses, Tensor statistics, Tensor hash_emb, Tensor semantic_emb, "
       "float temperature, Tensor? items, Tensor? codes, int min_shared_codes, Tensor? pair_start, Tensor? pair_column, "
       "Tensor? pair_weight) -> (Tensor, Tensor, float)");
+  m.def("_cpp_residual_quantize(Tensor x, Tensor codebooks, int[] sizes, int beam_size) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(h2rec, CPU, m) {
   m.impl("_cpp_alignment_loss", TORCH_BOX(&alignment_loss));
   m.impl("_cpp_alignment_loss_backward", TORCH_BOX(&alignment_loss_backward));
+  m.impl("_cpp_residual_quantize", TORCH_BOX(&residual_quantize));
 }
 
 // No tensor argument says which device is meant, hence the key that serves all.

@@ -68,6 +68,18 @@ def test_cpu_capability_is_that_of_this_processor(capability: str):
         assert capability == "portable"
 
 
+@pytest.mark.parametrize("asked", ["portable", "avx2", "avx512", "more than there is"])
+def test_cpu_capability_can_be_lowered(asked: str, capability: str):
+    code = "import torch, h2rec._C; print(torch.ops.h2rec.cpu_capability())"
+    environment = os.environ | {"H2REC_CPU_CAPABILITY": asked}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    order = ["portable", "avx2", "avx512"]
+    lower = asked in order[: order.index(capability)]
+    assert result.stdout.strip() == (asked if lower else capability)
+
+
 @pytest.mark.parametrize("order", [("extension", "library"), ("library", "extension")], ids="-".join)
 def test_shares_the_namespace_with_python(order: tuple[str, str], capability: str):
     command = [sys.executable, "-c", LOAD_BOTH, EXTENSION, *order]

@@ -6,6 +6,15 @@ from torch import Tensor
 from h2rec import reference
 
 
+def residual_quantize(
+    x: Tensor, codebooks: Tensor, sizes: list[int], beam_size: int
+) -> tuple[Tensor, Tensor]:
+    if not codebooks.isfinite().all():  # what is nearest then is for plain code to say
+        return reference.residual_quantize(x, codebooks, sizes, beam_size)
+    compute = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
+    return torch.ops.h2rec._cpp_residual_quantize(x, codebooks.to(compute).contiguous(), sizes, beam_size)
+
+
 def alignment_loss(
     hash_emb: Tensor,
     semantic_emb: Tensor,

@@ -1,9 +1,13 @@
 import itertools
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
-from h2rec import ops
+from h2rec import ops, use_backend
 from h2rec.testing import assert_nearest_codes
 
 OPERATOR = "residual_quantize"
@@ -174,6 +178,51 @@ def test_number_of_threads_changes_nothing(backend, device, generator):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+def test_a_beam_wider_than_all_paths(backend, device, generator):
+    x, codebooks = make_inputs((9, 4, [5, 3]), torch.float32, device, generator)
+    for actual, expected in zip(
+        ops.residual_quantize(x, codebooks, beam_size=10**9),
+        ops.residual_quantize(x, codebooks, beam_size=15),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_rows_far_apart_in_memory(backend, device, generator):
+    wide = np.zeros((2, 2**31 + 5), dtype=np.float16)  # what nothing touches costs no memory
+    x = torch.from_numpy(wide)[:, :4]
+    x[:] = torch.randn(2, 4, generator=generator).half()
+    x = x.to(device)
+    codebooks = torch.randn(2, 5, 4, generator=generator).to(device)
+    for actual, expected in zip(
+        ops.residual_quantize(x, codebooks), ops.residual_quantize(x.clone(), codebooks), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_codewords_that_are_not_finite_count_as_in_the_reference(backend, beam_size, device, generator):
+    if device != "cpu":
+        pytest.skip("values are not looked at on a GPU")
+    x, codebooks = make_inputs((9, 4, [5, 3]), torch.float32, device, generator)
+    codebooks[0][3] = torch.nan
+    codebooks[1][1, 2] = torch.inf
+    actual = ops.residual_quantize(x, codebooks, beam_size=beam_size)
+    with use_backend("reference"):
+        expected = ops.residual_quantize(x, codebooks, beam_size=beam_size)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """The tests of numbers once more, in a process that uses nothing wider."""
+    numbers = "cpp and (nearest or ties or beam or half or strided)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", numbers]
+    environment = os.environ | {"H2REC_CPU_CAPABILITY": capability}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 5), result.stdout  # 5: no test, for the extension is not built
 
 
 X, C = torch.zeros(3, 4), torch.zeros(2, 5, 4)
