@@ -32,7 +32,13 @@ def _why_not_cpp(operator: str, device_type: str) -> str | None:
         return "its C++ kernel is not written yet"
     if device_type != "cpu":
         return f"it runs on the CPU, not on {device_type}"
-    return extension_error()
+    if reason := extension_error():
+        return reason
+    if not hasattr(torch.ops.h2rec, f"_cpp_{operator}"):
+        return (
+            "h2rec._C was built before it was written; `pip install --no-build-isolation .` builds it again"
+        )
+    return None
 
 
 def _why_not_triton(operator: str, device_type: str) -> str | None:
