@@ -104,6 +104,7 @@ def _render_plain(title: str, header: tuple[str, ...], rows: list[tuple[str, ...
 
 def _render_rich(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], width: int) -> str:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -113,7 +114,7 @@ def _render_rich(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
     for i, row in enumerate(rows):
         if i and row[0]:
             table.add_section()
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     # A cut number is worse than a long line.
     needed = Console(width=10_000, file=io.StringIO()).measure(table).maximum
     text = io.StringIO()

@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def some_comparisons():
-    quick = comparison([column("eager", [4e-6] * 3), column("ours", [2e-6, 1e-6, 8e-6])])
+    quick = comparison([column("eager", [4e-6] * 3), column("ours[cpp]", [2e-6, 1e-6, 8e-6])])
     rate = harness.Rate("FLOP", 1e6, "mm", lambda: None, 3e9)
     slow = harness.Comparison(
         "another", "case", "paper-N9", "cpu", "eager", (column("eager", [2.5]),), rate, column("mm", [0.5])
@@ -246,6 +246,7 @@ def test_table_marks_the_baseline_and_cuts_nothing(some_comparisons, renderer, m
         "op",
         "another",
         "eager *",
+        "ours[cpp] ",
         "4 us",
         "2.00",
         "0.50..4.00",
@@ -254,7 +255,7 @@ def test_table_marks_the_baseline_and_cuts_nothing(some_comparisons, renderer, m
         "6 GFLOP/s",
     ):
         assert expected in text
-    assert "ours *" not in text
+    assert "ours[cpp] *" not in text
 
 
 def test_png(some_comparisons, tmp_path):

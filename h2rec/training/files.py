@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,11 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder; what is written there takes the place of ``path`` at the end."""
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    """Gives a temporary name in the same folder; what is written there takes the place of ``path`` at the end.
+
+    The name is always the same: what a killed process left is written over, and does not pile up.
+    """
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:

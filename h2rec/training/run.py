@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def train_run(
         ValueError: the data do not fit (see `h2rec.data`), the run to resume has another config, or its checkpoint is
             damaged. Nothing has been written then.
         FloatingPointError: a loss or score is not finite.
-        torch.multiprocessing.ProcessRaisedException: what one of several processes raised.
+        torch.multiprocessing.ProcessRaisedException: one of several processes raised what is no built-in exception.
     """
     config, run_dir = config.with_absolute_paths(), Path(run_dir)
     accelerator = _accelerator(config)
@@ -77,9 +79,12 @@ def train_run(
         _train_models(config, inputs, run_dir, accelerator)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                _train_in_process, (config, run_dir, accelerator, f"{folder}/rendezvous"), config.devices
-            )
+            try:
+                torch.multiprocessing.spawn(
+                    _train_in_process, (config, run_dir, accelerator, f"{folder}/rendezvous"), config.devices
+                )
+            except torch.multiprocessing.ProcessRaisedException as error:
+                raise _raised_in_process(error) from error
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     write_report(run_dir)
     return metrics
@@ -164,6 +169,15 @@ def _train_in_process(
         torch.set_num_threads(max(1, torch.get_num_threads() // config.devices))
     _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
     torch.distributed.destroy_process_group()
+
+
+def _raised_in_process(error: torch.multiprocessing.ProcessRaisedException) -> Exception:
+    """The built-in exception that a process raised; all that comes over is its traceback as a text."""
+    for line in reversed(list(re.finditer(r"^(\w+): ", str(error), re.MULTILINE))):
+        kind = getattr(builtins, line[1], None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            return kind(str(error)[line.end() :].strip())
+    return error
 
 
 def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerator: str) -> None:

@@ -516,3 +516,14 @@ def test_two_processes(make_config, device, tmp_path, capfd):
             metrics["models"][name]["valid"]["full"]["overall"]["NDCG@10"], abs=1e-6
         )
     assert train_run(config, tmp_path / "run", resume=True) == metrics
+
+
+def test_an_error_in_one_of_two_processes(make_config, device, tmp_path):
+    if device != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config = make_config(models=("sum",), devices=2, learning_rate=1e30)
+    with pytest.raises(
+        FloatingPointError, match=r"^model 'sum': the next_item loss is \w+ in epoch \d"
+    ) as raised:
+        train_run(config, tmp_path / "run")
+    assert "Traceback" not in str(raised.value)
