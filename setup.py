@@ -76,10 +76,19 @@ def torch_extension():
 
     return CppExtension(
         "h2rec._C",
-        ["csrc/ops.cpp", "csrc/cpu/alignment_loss.cpp", "csrc/cpu/residual_quantize.cpp"],
+        [
+            "csrc/ops.cpp",
+            "csrc/cpu/alignment_loss.cpp",
+            "csrc/cpu/harmonized_embedding.cpp",
+            "csrc/cpu/item_rows.cpp",
+            "csrc/cpu/residual_quantize.cpp",
+            "csrc/cpu/sorted_rows.cpp",
+        ],
         depends=[
             *("csrc/cpu/capability.h", "csrc/cpu/for_each_isa.h", "csrc/cpu/parallel.h"),
             *("csrc/cpu/alignment_loss.h", "csrc/cpu/alignment_loss.inl", "csrc/cpu/alignment_tiles.h"),
+            *("csrc/cpu/harmonized_embedding.h", "csrc/cpu/harmonized_embedding.inl"),
+            *("csrc/cpu/floating.h", "csrc/cpu/item_rows.h", "csrc/cpu/sorted_rows.h"),
             *("csrc/cpu/residual_quantize.h", "csrc/cpu/residual_quantize.inl"),
             *(CUDA_SOURCE, *CUDA_HEADERS),
         ],

@@ -14,10 +14,12 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/alignment_loss.h"
 #include "cpu/capability.h"
+#include "cpu/harmonized_embedding.h"
 #include "cpu/residual_quantize.h"
 
 #ifdef H2REC_WITH_CUDA
@@ -95,10 +97,10 @@ static std::tuple<Tensor, Tensor, double> alignment_loss_backward(Tensor grad_lo
   return {grad_hash, grad_semantic, is_double ? compute.operator()<double>() : compute.operator()<float>()};
 }
 
-// ---- residual_quantize: codebooks are contiguous, in the dtype of the arithmetic
-
 static h2rec::FloatType float_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return h2rec::FloatType::kFloat32;
     case ScalarType::Double:
       return h2rec::FloatType::kFloat64;
     case ScalarType::BFloat16:
@@ -106,10 +108,11 @@ static h2rec::FloatType float_type(const Tensor& tensor) {
     case ScalarType::Half:
       return h2rec::FloatType::kFloat16;
     default:
-      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "x must be float, double, half or bfloat16");
-      return h2rec::FloatType::kFloat32;
+      STD_TORCH_CHECK(false, "expected a tensor of float32, float64, bfloat16 or float16");
   }
 }
+
+// ---- residual_quantize: codebooks are contiguous, in the dtype of the arithmetic
 
 static std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const Tensor& codebooks,
                                                     const std::vector<int64_t>& sizes, int64_t beam_size) {
@@ -126,6 +129,189 @@ static std::tuple<Tensor, Tensor> residual_quantize(const Tensor& x, const Tenso
   return {quantized, codes};
 }
 
+// ---- harmonized_embedding: arguments that h2rec/ops has checked, in any integer and floating type
+
+static h2rec::IntegerType integer_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte:
+      return h2rec::IntegerType::kUInt8;
+    case ScalarType::Char:
+      return h2rec::IntegerType::kInt8;
+    case ScalarType::Short:
+      return h2rec::IntegerType::kInt16;
+    case ScalarType::Int:
+      return h2rec::IntegerType::kInt32;
+    case ScalarType::Long:
+      return h2rec::IntegerType::kInt64;
+    default:
+      STD_TORCH_CHECK(false, "expected an integer tensor");
+  }
+}
+
+static Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A matrix whose rows are contiguous: itself if they are, however far apart.
+static Tensor with_contiguous_rows(const Tensor& matrix) {
+  return matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+// The arguments that harmonized_embedding and its backward share, checked, with what must outlive the call.
+struct HarmonizedEmbeddingArguments {
+  Tensor item_ids;
+  OptionalTensor constants;
+  std::vector<int64_t> sizes;
+  int64_t num_codewords = 0;
+  h2rec::HarmonizedEmbedding op{};
+
+  HarmonizedEmbeddingArguments(const Tensor& ids, const OptionalTensor& codes, std::vector<int64_t> level_sizes,
+                               int64_t codebook_dim, int64_t num_rows, int64_t table_dim, const std::string& hash_mode,
+                               const OptionalTensor& hash_constants, int64_t divisor, int64_t num_items,
+                               const std::string& pooling, std::optional<int64_t> padding_idx,
+                               const std::optional<std::string>& combine)
+      : item_ids(as_contiguous(ids)), sizes(std::move(level_sizes)) {
+    h2rec::ItemRows& items = op.items;
+    items.item_ids = item_ids.data_ptr();
+    items.id_type = integer_type(item_ids);
+    items.num_items = num_items;
+    items.padding_idx = padding_idx;
+    op.num_tokens = item_ids.numel();
+    op.codebook_dim = codebook_dim;
+    op.table_dim = table_dim;
+    op.pooling = pooling == "sum"    ? h2rec::Pooling::kSum
+                 : pooling == "mean" ? h2rec::Pooling::kMean
+                                     : h2rec::Pooling::kLevels;
+    op.combine = !combine            ? h2rec::Combine::kNone
+                 : *combine == "sum"  ? h2rec::Combine::kSum
+                 : *combine == "mean" ? h2rec::Combine::kMean
+                                      : h2rec::Combine::kConcat;
+    if (codebook_dim > 0) {
+      for (const int64_t size : sizes) {
+        num_codewords += size;
+      }
+      STD_TORCH_CHECK(num_codewords <= INT32_MAX, "codebooks must have fewer than 2^31 rows, got ", num_codewords);
+      items.sizes = sizes.data();
+    }
+    if (table_dim > 0) {
+      set_hashing(hash_mode, hash_constants, divisor, num_rows);
+    }
+    if (items.sizes != nullptr || items.hash_mode == h2rec::HashMode::kPrefix) {
+      set_codes(*codes);
+    }
+  }
+
+ private:
+  void set_hashing(const std::string& mode, const OptionalTensor& hash_constants, int64_t divisor, int64_t num_rows) {
+    h2rec::ItemRows& items = op.items;
+    items.num_rows = num_rows;
+    items.divisor = divisor;
+    items.num_hashes = 1;
+    if (mode == "direct") {
+      items.hash_mode = h2rec::HashMode::kDirect;
+    } else if (mode == "qr") {
+      items.hash_mode = h2rec::HashMode::kQuotientRemainder;
+      items.num_hashes = 2;
+    } else {
+      items.hash_mode = mode == "multi" ? h2rec::HashMode::kMulti : h2rec::HashMode::kPrefix;
+      constants = as_contiguous(*hash_constants);
+      items.constants = static_cast<const int64_t*>(constants->data_ptr());
+      items.num_hashes = constants->size(0);
+    }
+  }
+
+  void set_codes(const Tensor& codes) {
+    h2rec::ItemRows& items = op.items;
+    items.codes = codes.data_ptr();
+    items.code_type = integer_type(codes);
+    items.code_strides[0] = codes.stride(0);
+    items.code_strides[1] = codes.stride(1);
+    items.num_levels = codes.size(1);
+  }
+};
+
+// Returns (semantic or combined, hashed, h2rec::Fault).
+static std::tuple<Tensor, Tensor, int64_t> harmonized_embedding(
+    Tensor item_ids, OptionalTensor codes, OptionalTensor codebooks, std::vector<int64_t> sizes, OptionalTensor table,
+    std::string hash_mode, OptionalTensor hash_constants, int64_t divisor, int64_t num_items, std::string pooling,
+    std::optional<int64_t> padding_idx, std::optional<std::string> combine) {
+  if (codebooks) {
+    codebooks = with_contiguous_rows(*codebooks);
+  }
+  if (table) {
+    table = with_contiguous_rows(*table);
+  }
+  const auto size_of = [](const OptionalTensor& matrix, int64_t dim) { return matrix ? matrix->size(dim) : 0; };
+  const auto num_levels = static_cast<int64_t>(sizes.size());
+  const int64_t codebook_dim = size_of(codebooks, 1), table_dim = size_of(table, 1);
+  HarmonizedEmbeddingArguments arguments(item_ids, codes, std::move(sizes), codebook_dim, size_of(table, 0), table_dim,
+                                         hash_mode, hash_constants, divisor, num_items, pooling, padding_idx, combine);
+  h2rec::HarmonizedEmbedding& op = arguments.op;
+  const Tensor& like = codebooks ? *codebooks : *table;
+  op.type = float_type(like);
+
+  std::vector<int64_t> shape(item_ids.sizes().begin(), item_ids.sizes().end());
+  const auto new_output = [&](std::vector<int64_t> per_token) {
+    per_token.insert(per_token.begin(), shape.begin(), shape.end());
+    return torch::stable::new_empty(like, per_token);
+  };
+  const int64_t semantic_width = codebook_dim * (op.pooling == h2rec::Pooling::kLevels ? num_levels : 1);
+  op.first_width = semantic_width + (op.combine == h2rec::Combine::kConcat ? table_dim : 0);
+  const bool apart = op.combine == h2rec::Combine::kNone;
+  const auto absent = [&] { return torch::stable::new_empty(like, {0}); };
+  Tensor first = !codebooks             ? absent()
+                 : pooling == "levels" ? new_output({num_levels, codebook_dim})
+                                       : new_output({op.first_width});
+  Tensor hashed = table && apart ? new_output({table_dim}) : absent();
+
+  const auto rows_of = [](const OptionalTensor& matrix) {
+    return matrix ? h2rec::Rows{matrix->data_ptr(), matrix->stride(0)} : h2rec::Rows{};
+  };
+  const h2rec::Fault fault = h2rec::harmonized_embedding(op, rows_of(codebooks), rows_of(table), first.data_ptr(),
+                                                         hashed.data_ptr(), parallel_for);
+  return {first, hashed, static_cast<int64_t>(fault)};
+}
+
+// Returns the gradients of the codebooks and of the table, and with `sparse` the table's rows.
+static std::tuple<Tensor, Tensor, Tensor> harmonized_embedding_backward(
+    OptionalTensor grad_first, OptionalTensor grad_hashed, Tensor item_ids, OptionalTensor codes,
+    std::vector<int64_t> sizes, int64_t codebook_dim, int64_t num_rows, int64_t table_dim, std::string hash_mode,
+    OptionalTensor hash_constants, int64_t divisor, int64_t num_items, std::string pooling,
+    std::optional<int64_t> padding_idx, std::optional<std::string> combine, bool sparse) {
+  if (grad_first) {
+    grad_first = as_contiguous(*grad_first);
+  }
+  if (grad_hashed) {
+    grad_hashed = as_contiguous(*grad_hashed);
+  }
+  HarmonizedEmbeddingArguments arguments(item_ids, codes, std::move(sizes), codebook_dim, num_rows,
+                                         num_rows > 0 ? table_dim : 0, hash_mode, hash_constants, divisor, num_items,
+                                         pooling, padding_idx, combine);
+  h2rec::HarmonizedEmbedding& op = arguments.op;
+  const Tensor& like = grad_first ? *grad_first : *grad_hashed;
+  op.type = float_type(like);
+  op.first_width = grad_first && op.num_tokens > 0 ? grad_first->numel() / op.num_tokens : 0;
+  const h2rec::HarmonizedEmbeddingBackward backward(op, grad_first ? grad_first->data_ptr() : nullptr,
+                                                    grad_hashed ? grad_hashed->data_ptr() : nullptr, parallel_for);
+
+  const Tensor absent = torch::stable::new_empty(like, {0});
+  Tensor grad_codebooks = absent, grad_table = absent;
+  Tensor rows = torch::stable::new_empty(item_ids, {0}, ScalarType::Long);
+  if (op.codebook_dim > 0) {
+    grad_codebooks = torch::stable::new_empty(like, {arguments.num_codewords, codebook_dim});
+    backward.codebooks(grad_codebooks.data_ptr());
+  }
+  if (op.table_dim > 0 && sparse) {
+    rows = torch::stable::new_empty(item_ids, {backward.num_read_rows()}, ScalarType::Long);
+    grad_table = torch::stable::new_empty(like, {backward.num_read_rows(), table_dim});
+    backward.sparse_table(grad_table.data_ptr(), static_cast<int64_t*>(rows.data_ptr()));
+  } else if (op.table_dim > 0) {
+    grad_table = torch::stable::new_empty(like, {num_rows, table_dim});
+    backward.table(grad_table.data_ptr());
+  }
+  return {grad_codebooks, grad_table, rows};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) {
   m.def("cpu_capability() -> str");
   m.def(
@@ -136,12 +322,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) {
       "float temperature, Tensor? items, Tensor? codes, int min_shared_codes, Tensor? pair_start, Tensor? pair_column, "
       "Tensor? pair_weight) -> (Tensor, Tensor, float)");
   m.def("_cpp_residual_quantize(Tensor x, Tensor codebooks, int[] sizes, int beam_size) -> (Tensor, Tensor)");
+  m.def(
+      "_cpp_harmonized_embedding(Tensor item_ids, Tensor? codes, Tensor? codebooks, int[] sizes, Tensor? hash_table, "
+      "str hash_mode, Tensor? hash_constants, int divisor, int num_items, str pooling, int? padding_idx, str? combine) "
+      "-> (Tensor, Tensor, int)");
+  m.def(
+      "_cpp_harmonized_embedding_backward(Tensor? grad_first, Tensor? grad_hashed, Tensor item_ids, Tensor? codes, "
+      "int[] sizes, int codebook_dim, int num_rows, int hash_dim, str hash_mode, Tensor? hash_constants, int divisor, "
+      "int num_items, str pooling, int? padding_idx, str? combine, bool sparse) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(h2rec, CPU, m) {
   m.impl("_cpp_alignment_loss", TORCH_BOX(&alignment_loss));
   m.impl("_cpp_alignment_loss_backward", TORCH_BOX(&alignment_loss_backward));
   m.impl("_cpp_residual_quantize", TORCH_BOX(&residual_quantize));
+  m.impl("_cpp_harmonized_embedding", TORCH_BOX(&harmonized_embedding));
+  m.impl("_cpp_harmonized_embedding_backward", TORCH_BOX(&harmonized_embedding_backward));
 }
 
 // No tensor argument says which device is meant, hence the key that serves all.
@@ -150,9 +346,6 @@ STABLE_TORCH_LIBRARY_IMPL(h2rec, CompositeExplicitAutograd, m) {
 }
 
 #ifdef H2REC_WITH_CUDA
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Looked up at run time, for it lives in libtorch_cuda, and this binary serves a torch without CUDA as well.
 static void* current_cuda_stream(std::int32_t device) {
   using Function = AOTITorchError (*)(std::int32_t, void**);

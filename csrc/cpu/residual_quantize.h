@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "floating.h"
 #include "parallel.h"
 
 namespace h2rec {
-
-enum class FloatType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // [rows, dim]; strides in elements.
 struct Vectors {

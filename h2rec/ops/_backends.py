@@ -18,7 +18,7 @@ from h2rec._version import __version__
 OPERATORS = ("residual_quantize", "harmonized_embedding", "alignment_loss")
 
 # Operators whose kernels exist.
-_CPP_OPERATORS: tuple[str, ...] = ("residual_quantize", "alignment_loss")
+_CPP_OPERATORS: tuple[str, ...] = ("residual_quantize", "harmonized_embedding", "alignment_loss")
 _TRITON_OPERATORS: tuple[str, ...] = ()
 _CUDA_OPERATORS: tuple[str, ...] = ("residual_quantize",)
 

@@ -75,6 +75,19 @@ def check_range(name: str, tensor: Tensor, limit: int, *, exempt: int | None = N
         )
 
 
+def check_items(
+    item_ids: Tensor, codes: Tensor | None, sizes: Sequence[int], num_items: int, padding_idx: int | None
+) -> None:
+    """Ids lie in [0, num_items) or equal ``padding_idx``; the codes of these items lie in their codebooks."""
+    check_range("item_ids", item_ids, num_items, exempt=padding_idx)
+    if not sizes or not checks_values(item_ids):
+        return
+    ids = item_ids.reshape(-1).to(torch.int64)
+    ids = ids if padding_idx is None else ids[ids != padding_idx]
+    for level, (column, size) in enumerate(zip(codes[ids].unbind(1), sizes, strict=True)):
+        check_range(f"codes[:, {level}] of these items", column, size)
+
+
 def _first(values: Tensor, what: str) -> str:
     shown = ", ".join(str(value) for value in values[:_NAMED_ROWS].tolist())
     if values.numel() == 1:

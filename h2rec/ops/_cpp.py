@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from h2rec import reference
+from h2rec.ops._checks import check_items
 
 
 def residual_quantize(
@@ -76,6 +77,45 @@ def alignment_loss_backward(
         grad_semantic.to(semantic_emb.dtype),
         torch.full_like(temperature, grad_temperature),
     )
+
+
+def harmonized_embedding(
+    item_ids: Tensor,
+    codes: Tensor | None,
+    codebooks: Tensor | None,
+    sizes: list[int],
+    hash_table: Tensor | None,
+    hash_mode: str,
+    hash_constants: Tensor | None,
+    divisor: int,
+    num_items: int,
+    pooling: str,
+    padding_idx: int | None,
+    combine: str | None,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checks ids and codes while it reads them: the caller need not."""
+    first, hashed, fault = torch.ops.h2rec._cpp_harmonized_embedding.default(
+        item_ids,
+        codes,
+        codebooks,
+        sizes,
+        hash_table,
+        hash_mode,
+        hash_constants,
+        divisor,
+        num_items,
+        pooling,
+        padding_idx,
+        combine,
+    )
+    if fault:
+        check_items(item_ids, codes, sizes, num_items, padding_idx)
+    return first, hashed
+
+
+def harmonized_embedding_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.h2rec._cpp_harmonized_embedding_backward.default(*arguments)
 
 
 def _alignment_dtype(hash_emb: Tensor, temperature: Tensor) -> torch.dtype | None:

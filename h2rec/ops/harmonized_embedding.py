@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from h2rec.ops import _backends
+from h2rec.ops import _backends, _cpp
 from h2rec.ops._checks import (
     check_dim,
     check_floating,
     check_integer,
+    check_items,
     check_option,
-    check_range,
     check_same_device,
 )
 from h2rec.ops._codebooks import pack_codebooks
@@ -110,48 +110,38 @@ def _check(
     combine,
     sparse,
 ) -> None:
+    # Plain comparisons: a small batch must not wait for its checks.
     check_integer("item_ids", item_ids)
     check_option("pooling", pooling, _POOLINGS)
     check_option("combine", combine, _COMBINES)
     check_option("hashing.mode", hash_mode, _HASH_MODES)
-    torch._check_value(
-        codebooks is not None or hash_table is not None,
-        lambda: "codebooks and hash_table must not both be None",
-    )
+    if codebooks is None and hash_table is None:
+        raise ValueError("codebooks and hash_table must not both be None")
     if codes is not None:
         check_integer("codes", codes)
         check_dim("codes", codes, ("num_items", "L"))
         check_same_device("codes", codes, "item_ids", item_ids)
     if codebooks is not None:
-        torch._check_value(codes is not None, lambda: "codebooks need codes, got None")
+        if codes is None:
+            raise ValueError("codebooks need codes, got None")
         check_same_device("codebooks", codebooks, "item_ids", item_ids)
-        torch._check_value(
-            codes.shape[1] == len(sizes),
-            lambda: f"codes has {codes.shape[1]} levels, but codebooks has {len(sizes)}",
-        )
+        if codes.shape[1] != len(sizes):
+            raise ValueError(f"codes has {codes.shape[1]} levels, but codebooks has {len(sizes)}")
     if hash_table is not None:
         _check_hashing(item_ids, codes, hash_table, hash_mode, hash_constants, divisor, num_items)
-        if codebooks is not None:
-            torch._check_type(
-                hash_table.dtype == codebooks.dtype,
-                lambda: f"hash_table is {hash_table.dtype}, but codebooks is {codebooks.dtype}",
-            )
+        if codebooks is not None and hash_table.dtype != codebooks.dtype:
+            raise TypeError(f"hash_table is {hash_table.dtype}, but codebooks is {codebooks.dtype}")
     if combine is not None:
-        torch._check_value(
-            codebooks is not None and hash_table is not None,
-            lambda: f"combine={combine!r} needs both codebooks and hash_table",
-        )
-        torch._check_value(
-            pooling != "levels", lambda: f"combine={combine!r} needs a pooling other than 'levels'"
-        )
+        if codebooks is None or hash_table is None:
+            raise ValueError(f"combine={combine!r} needs both codebooks and hash_table")
+        if pooling == "levels":
+            raise ValueError(f"combine={combine!r} needs a pooling other than 'levels'")
         width = codebooks.shape[1] * (len(sizes) if pooling == "concat" else 1)
-        torch._check_value(
-            combine == "concat" or width == hash_table.shape[1],
-            lambda: (
+        if combine != "concat" and width != hash_table.shape[1]:
+            raise ValueError(
                 f"combine={combine!r} needs halves of one width, got {width} from codebooks "
                 f"and {hash_table.shape[1]} from hash_table"
-            ),
-        )
+            )
 
 
 def _check_hashing(item_ids, codes, hash_table, hash_mode, hash_constants, divisor, num_items) -> None:
@@ -159,47 +149,40 @@ def _check_hashing(item_ids, codes, hash_table, hash_mode, hash_constants, divis
     check_dim("hash_table", hash_table, ("R", "D"))
     check_same_device("hash_table", hash_table, "item_ids", item_ids)
     num_rows = hash_table.shape[0]
-    torch._check_value(num_rows >= 1, lambda: "hash_table must have at least one row, got none")
+    if num_rows < 1:
+        raise ValueError("hash_table must have at least one row, got none")
     if hash_mode == "direct":
-        torch._check_value(
-            num_rows >= num_items,
-            lambda: f"hash_table must have a row for each of the {num_items} items, got {num_rows} rows",
-        )
+        if num_rows < num_items:
+            raise ValueError(
+                f"hash_table must have a row for each of the {num_items} items, got {num_rows} rows"
+            )
         return
     if hash_mode == "qr":
-        torch._check_value(
-            divisor >= 1, lambda: f"hashing.divisor must be at least 1, got {divisor}; use Hashing.qr"
-        )
+        if divisor < 1:
+            raise ValueError(f"hashing.divisor must be at least 1, got {divisor}; use Hashing.qr")
         expected = divisor + (num_items + divisor - 1) // divisor
-        torch._check_value(
-            num_rows == expected,
-            lambda: (
+        if num_rows != expected:
+            raise ValueError(
                 f"hash_table must have divisor + ceil(num_items / divisor) = {expected} rows for "
                 f"{num_items} items and divisor {divisor}, got {num_rows}; other sizes make items share both rows"
-            ),
-        )
+            )
         return
-    torch._check_value(
-        num_rows <= 1 << 32, lambda: f"hash_table must have at most 2^32 rows to hash, got {num_rows}"
-    )
-    torch._check_value(
-        hash_constants is not None, lambda: f"hashing.constants is None; use Hashing.{hash_mode}"
-    )
-    torch._check_type(
-        hash_constants.dtype == torch.int64,
-        lambda: f"hashing.constants must be int64, got {hash_constants.dtype}",
-    )
-    torch._check_value(
-        hash_constants.dim() == 2 and hash_constants.shape[1] == 2 and hash_constants.shape[0] >= 1,
-        lambda: f"hashing.constants must have shape [k, 2], got {list(hash_constants.shape)}",
-    )
+    if num_rows > 1 << 32:
+        raise ValueError(f"hash_table must have at most 2^32 rows to hash, got {num_rows}")
+    if hash_constants is None:
+        raise ValueError(f"hashing.constants is None; use Hashing.{hash_mode}")
+    if hash_constants.dtype != torch.int64:
+        raise TypeError(f"hashing.constants must be int64, got {hash_constants.dtype}")
+    if hash_constants.dim() != 2 or hash_constants.shape[1] != 2 or hash_constants.shape[0] < 1:
+        raise ValueError(f"hashing.constants must have shape [k, 2], got {list(hash_constants.shape)}")
     check_same_device("hashing.constants", hash_constants, "item_ids", item_ids)
     if hash_mode == "prefix":
-        torch._check_value(codes is not None, lambda: "hashing 'prefix' needs codes, got None")
-        torch._check_value(
-            codes.shape[1] == hash_constants.shape[0],
-            lambda: f"hashing is for {hash_constants.shape[0]} levels, but codes has {codes.shape[1]}",
-        )
+        if codes is None:
+            raise ValueError("hashing 'prefix' needs codes, got None")
+        if codes.shape[1] != hash_constants.shape[0]:
+            raise ValueError(
+                f"hashing is for {hash_constants.shape[0]} levels, but codes has {codes.shape[1]}"
+            )
 
 
 def _output_shapes(item_ids, codebooks, sizes, hash_table, pooling, combine):
@@ -219,9 +202,10 @@ def _output_shapes(item_ids, codebooks, sizes, hash_table, pooling, combine):
 
 def _kernel(item_ids, codes, codebooks, sizes, hash_table, *options) -> tuple[Tensor, Tensor]:
     _check(item_ids, codes, codebooks, sizes, hash_table, *options)
-    _, _, _, num_items, _, padding_idx, _, _ = options
-    check_range("item_ids", item_ids, num_items, exempt=padding_idx)
     implementation = _backends.choose("harmonized_embedding", item_ids.device.type)
+    if implementation is not _cpp.harmonized_embedding:  # which checks values as it reads them
+        _, _, _, num_items, _, padding_idx, _, _ = options
+        check_items(item_ids, codes, sizes if codebooks is not None else (), num_items, padding_idx)
     return implementation(item_ids, codes, codebooks, sizes, hash_table, *options)
 
 

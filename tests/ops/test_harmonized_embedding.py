@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -268,19 +271,27 @@ def test_quotient_and_remainder_tell_all_items_apart():
         assert len(rows) == num_items
 
 
-def test_backward_is_the_same_bits_every_time(backend, device, generator):
-    item_ids, codes, codebooks, table = make_inputs(5000, torch.float32, device, generator, 31)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_backward_is_the_same_bits_every_time(backend, sparse, device, generator):
+    """With so many tokens that every step of a backward is shared out among threads."""
+    num_rows = 3001
+    item_ids, codes, codebooks, table = make_inputs(
+        20_000, torch.float32, device, generator, num_rows, dim=64
+    )
+    cotangents = torch.randn(2, 20_000, 64, generator=generator).to(device).unbind()
+    hashing = HASHINGS["multi"][0]
+    hashing = hashing._replace(constants=hashing.constants.to(device))
     grads = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 8, 8):
             torch.set_num_threads(threads)
             leaves = [p.clone().requires_grad_() for p in (*codebooks, table)]
-            hashing = HASHINGS["multi"][0]
-            hashing = hashing._replace(constants=hashing.constants.to(device))
-            outputs = ops.harmonized_embedding(item_ids, codes, leaves[:-1], leaves[-1], hashing=hashing)
-            torch.autograd.backward([out.square().sum() for out in outputs])
-            grads.append([leaf.grad for leaf in leaves])
+            outputs = ops.harmonized_embedding(
+                item_ids, codes, leaves[:-1], leaves[-1], hashing=hashing, sparse=sparse
+            )
+            torch.autograd.backward(outputs, cotangents)
+            grads.append([leaf.grad.to_dense() for leaf in leaves])
     finally:
         torch.set_num_threads(before)
     for other in grads[1:]:
@@ -350,6 +361,16 @@ def test_compiles_without_graph_breaks(backend, combine, device, generator):
         f(*leaves).backward()
         results.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """The tests of numbers once more, in a process that uses nothing wider."""
+    numbers = "cpp and (dtypes or combine or concatenated or strided or padding)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", numbers]
+    environment = os.environ | {"H2REC_CPU_CAPABILITY": capability}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 5), result.stdout  # 5: no test, for the extension is not built
 
 
 IDS = torch.tensor([0, 1])
@@ -461,6 +482,18 @@ def test_ids_out_of_range(backend, item_ids, message, monkeypatch, device):
     tensors = [tensor.to(device) for tensor in (torch.tensor(item_ids), CODES, BOOKS, TABLE)]
     with pytest.raises(ValueError, match=message):
         ops.harmonized_embedding(*tensors)
+
+
+def test_codes_out_of_range(backend, monkeypatch, device):
+    monkeypatch.setenv("H2REC_CHECK_VALUES", "1")
+    codes = CODES.clone()
+    codes[1] = torch.tensor([2, 3])
+    tensors = [tensor.to(device) for tensor in (IDS, codes, BOOKS, TABLE)]
+    with pytest.raises(
+        ValueError, match=r"codes\[:, 1\] of these items must lie in \[0, 3\), .* \(value 3\)"
+    ):
+        ops.harmonized_embedding(*tensors)
+    ops.harmonized_embedding(IDS[:1].to(device), *tensors[1:])  # the others are not read
 
 
 @pytest.mark.parametrize(
