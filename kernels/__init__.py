@@ -1,1 +1,5 @@
 """Triton kernels, installed as `h2rec.kernels`: tensors in, tensors out; nothing is registered here."""
+
+from .harmonized_embedding import harmonized_embedding
+
+__all__ = ["harmonized_embedding"]

@@ -1,0 +1,66 @@
+"""What compilers make of the Triton kernels for GPUs that are not here. New kernels are covered by themselves."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+aot = pytest.importorskip("h2rec.kernels.aot", reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[aot.Compiled]:
+    """All of it, from a process without the interpreter."""
+    file = tmp_path_factory.mktemp("aot") / "compiled.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "h2rec.kernels.aot", "--json", str(file)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [aot.Compiled(**line) for line in json.loads(file.read_text())]
+    assert len(result.stdout.splitlines()) == 1 + len(lines)
+    return lines
+
+
+def test_every_kernel_compiles_for_every_target_without_spills(compiled):
+    targets_by_call = {}
+    for line in compiled:
+        targets_by_call.setdefault((line.kernel, line.call), set()).add(line.target)
+        assert line.spilled_bytes == 0, line
+        assert line.registers > 0, line
+    assert all(targets == set(aot.TARGETS) for targets in targets_by_call.values())
+
+
+def test_rows_are_read_16_bytes_at_a_time(compiled):
+    for line in compiled:
+        if line.kernel == "_harmonized_embedding_fwd_kernel":
+            assert line.wide_loads > 0, line
+
+
+def test_a_spill_is_an_error(monkeypatch, capsys):
+    line = aot.Compiled("kernel", "call", "sm_90", 255, 8, 0, 0, 0)
+    monkeypatch.setattr(aot, "compile_operator", lambda operator, target: [line])
+    monkeypatch.setattr(sys, "argv", ["aot"])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        aot.main()
+    assert exit_.value.code == 1
+    assert "kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "interpret", "message"),
+    [
+        (["unknown"], "0", "OPERATOR must be among harmonized_embedding.*, got unknown"),
+        ([], "1", "TRITON_INTERPRET=1 is set"),
+    ],
+)
+def test_bad_input(arguments, interpret, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["aot", *arguments])
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(SystemExit) as exit_:
+        aot.main()
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
