@@ -66,6 +66,12 @@ def _divisor_for(num_embeddings: int, num_buckets: int) -> int:
     )
 
 
+def all_vectors(layer: nn.Module) -> Tensor:
+    """What an embedding layer gives for each of its ids, ``[num_embeddings, *]``."""
+    device = next(layer.parameters()).device
+    return layer(torch.arange(layer.num_embeddings, device=device))
+
+
 def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int | None:
     """A negative index counts from the end, as in ``nn.Embedding``; ``num_embeddings`` is a legal marker too."""
     if padding_idx is None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from h2rec import ops
 from h2rec.layers._tables import (
+    all_vectors,
     as_levels,
     check_padding_idx,
     check_size,
@@ -63,12 +64,19 @@ class HarmonizedEmbedding(nn.Module):
         self.mode = mode
         self.sparse = sparse
         self._divisor, self._num_items = hashing.divisor, hashing.num_items
-        self.register_buffer("codes", sids.codes.clone())
+        self.register_buffer("codes", sids.codes.to(torch.get_default_device(), copy=True))
         self.register_buffer("hash_constants", hashing.constants)
         self.codebooks = make_codebooks(sids, embedding_dim)
         rows_per_item = {"direct": 1, "qr": 2, "multi": num_hashes}[mode]
         self.hash_table = nn.Parameter(torch.randn(num_rows, embedding_dim) / rows_per_item**0.5)
         self.gate = nn.Linear(2 * embedding_dim, embedding_dim) if fusion == "gate" else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The vectors of all ids ``[num_embeddings, *]``, computed anew each time; absent with ``fusion="none"``."""
+        if self.fusion == "none":  # an id has two vectors
+            raise AttributeError("weight")
+        return all_vectors(self)
 
     @property
     def hashing(self) -> Hashing:

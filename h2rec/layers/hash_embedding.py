@@ -4,7 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from h2rec import ops
-from h2rec.layers._tables import check_padding_idx, check_size, make_hashing, start_from_content
+from h2rec.layers._tables import (
+    all_vectors,
+    check_padding_idx,
+    check_size,
+    make_hashing,
+    start_from_content,
+)
 from h2rec.ops import Hashing
 
 
@@ -57,10 +63,31 @@ class HashEmbedding(nn.Module):
             with torch.no_grad():
                 self.hash_table[self.padding_idx] = 0
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        *,
+        padding_idx: int | None = None,
+        sparse: bool = False,
+    ) -> "HashEmbedding":
+        """As in ``nn.Embedding``: the table is ``embeddings [num_embeddings, D]`` itself, in mode ``"direct"``.
+
+        Raises:
+            ValueError: the embeddings have not two dimensions.
+        """
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must have shape [num_embeddings, D], got {list(embeddings.shape)}")
+        with torch.device("meta"):
+            layer = cls(*embeddings.shape, padding_idx=padding_idx, sparse=sparse)
+        layer.hash_table = nn.Parameter(embeddings.detach(), requires_grad=not freeze)
+        return layer
+
     @property
     def weight(self) -> Tensor:
-        """The table, by the name that ``nn.Embedding`` gives it."""
-        return self.hash_table
+        """The vectors of all ids ``[num_embeddings, D]``; in mode ``"direct"`` the table itself, else computed."""
+        return self.hash_table if self.mode == "direct" else all_vectors(self)
 
     @property
     def hashing(self) -> Hashing:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from h2rec import ops
-from h2rec.layers._tables import as_levels, check_padding_idx, check_size, make_codebooks
+from h2rec.layers._tables import all_vectors, as_levels, check_padding_idx, check_size, make_codebooks
 from h2rec.ops import Hashing
 from h2rec.ops._checks import check_option
 from h2rec.semantic_ids import SemanticIds
@@ -20,7 +20,7 @@ class SemanticEmbedding(nn.Module):
         pooling: of an item's L codewords: ``"sum"``, ``"mean"``, ``"levels"`` (``[*, L, D]``), ``"concat"``
             (``[*, L * D]``); or ``"prefix"``: the tuples (code_0 .. code_l) are hashed into one table, whose L rows
             are summed.
-        num_buckets: rows of that table; for ``"prefix"`` only.
+        num_buckets, sparse: rows of that table, and whether its gradient is sparse; for ``"prefix"`` only.
         padding_idx: as in :class:`h2rec.layers.HashEmbedding`.
 
     Input ``[*]`` integer in [0, sids.num_items); output ``[*, D]`` unless the pooling says otherwise.
@@ -37,6 +37,7 @@ class SemanticEmbedding(nn.Module):
         pooling: str = "sum",
         num_buckets: int | None = None,
         padding_idx: int | None = None,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         check_size("embedding_dim", embedding_dim)
@@ -45,11 +46,16 @@ class SemanticEmbedding(nn.Module):
             raise ValueError(
                 f"num_buckets must be given with pooling='prefix' and only then, got {num_buckets} and {pooling!r}"
             )
+        if sparse and pooling != "prefix":
+            raise ValueError(
+                f"sparse must be False except with pooling='prefix', got {sparse} and {pooling!r}"
+            )
         self.num_embeddings = sids.num_items
         self.embedding_dim = embedding_dim
         self.padding_idx = check_padding_idx(padding_idx, sids.num_items)
         self.pooling = pooling
-        self.register_buffer("codes", sids.codes.clone())
+        self.sparse = sparse
+        self.register_buffer("codes", sids.codes.to(torch.get_default_device(), copy=True))
         if pooling == "prefix":
             check_size("num_buckets", num_buckets)
             self.register_buffer("hash_constants", Hashing.prefix(sids.num_levels).constants)
@@ -58,11 +64,22 @@ class SemanticEmbedding(nn.Module):
         else:
             self.codebooks = make_codebooks(sids, embedding_dim)
 
+    @property
+    def weight(self) -> Tensor:
+        """The vectors of all ids ``[num_embeddings, *]``, computed anew each time."""
+        return all_vectors(self)
+
     def forward(self, item_ids: Tensor) -> Tensor:
         if self.pooling == "prefix":
             hashing = Hashing("prefix", self.hash_constants)
             _, hashed = ops.harmonized_embedding(
-                item_ids, self.codes, None, self.hash_table, hashing=hashing, padding_idx=self.padding_idx
+                item_ids,
+                self.codes,
+                None,
+                self.hash_table,
+                hashing=hashing,
+                padding_idx=self.padding_idx,
+                sparse=self.sparse,
             )
             return hashed
         semantic, _ = ops.harmonized_embedding(
@@ -78,5 +95,5 @@ class SemanticEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, levels={self.codes.shape[1]}, "
-            f"pooling={self.pooling!r}, padding_idx={self.padding_idx}"
+            f"pooling={self.pooling!r}, padding_idx={self.padding_idx}, sparse={self.sparse}"
         )

@@ -14,9 +14,10 @@ NUM_ITEMS, DIM = 50, 8
 
 def make_sids(sizes=(6, 6, 6), dim=None):
     generator = torch.Generator().manual_seed(0)
-    codes = torch.stack([torch.randint(0, k, (NUM_ITEMS,), generator=generator) for k in sizes], 1)
-    books = None if dim is None else [torch.randn(k, dim, generator=generator) for k in sizes]
-    return SemanticIds(codes, codebook_sizes=sizes, codebooks=books)
+    with torch.device("cpu"):  # where a catalog's semantic IDs are
+        codes = torch.stack([torch.randint(0, k, (NUM_ITEMS,), generator=generator) for k in sizes], 1)
+        books = None if dim is None else [torch.randn(k, dim, generator=generator) for k in sizes]
+        return SemanticIds(codes, codebook_sizes=sizes, codebooks=books)
 
 
 LAYERS = {
@@ -156,6 +157,46 @@ def test_compiles_without_graph_breaks(name, item_ids, device):
     assert all(p.grad is not None for p in layer.parameters())
 
 
+def test_weight_is_what_the_layer_gives(name, item_ids, device):
+    layer = LAYERS[name](padding_idx=7).to(device)
+    if name == "both none":
+        assert not hasattr(layer, "weight")
+        return
+    rows = layer.weight
+    expected = layer(item_ids)
+    assert rows.shape == (NUM_ITEMS, *expected.shape[2:])
+    torch.testing.assert_close(rows[item_ids], expected)
+    rows.sum().backward()  # as an output head that shares the vectors does
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_from_pretrained(item_ids, device):
+    vectors = torch.randn(NUM_ITEMS, DIM, device=device)
+    plain = torch.nn.Embedding.from_pretrained(vectors)
+    layer = HashEmbedding.from_pretrained(vectors)
+    assert (layer.num_embeddings, layer.embedding_dim) == (NUM_ITEMS, DIM)
+    assert torch.equal(layer(item_ids), plain(item_ids))
+    assert layer.weight.requires_grad is plain.weight.requires_grad is False
+    assert layer.weight.data_ptr() == vectors.data_ptr() == plain.weight.data_ptr()
+    layer = HashEmbedding.from_pretrained(vectors, freeze=False, padding_idx=-1, sparse=True)
+    assert layer.padding_idx == NUM_ITEMS - 1
+    layer(item_ids).sum().backward()
+    assert layer.weight.grad.is_sparse
+    with pytest.raises(ValueError, match=r"embeddings must have shape \[num_embeddings, D\], got \[8\]"):
+        HashEmbedding.from_pretrained(vectors[0])
+
+
+def test_is_made_on_the_default_device(name):
+    with torch.device("meta"):
+        layer = LAYERS[name]()
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+    made = LAYERS[name]()
+    layer.load_state_dict(made.state_dict(), assign=True)
+    ids = torch.arange(NUM_ITEMS)
+    for a, b in zip(outputs(layer, ids), outputs(made, ids), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_direct_mode_is_nn_embedding(item_ids, device):
     layer = HashEmbedding(NUM_ITEMS, DIM).to(device)
     plain = torch.nn.Embedding(NUM_ITEMS, DIM, _weight=layer.weight.detach().clone())
@@ -176,7 +217,7 @@ def test_starts_from_the_codebooks_of_the_right_dimension():
 
 
 def test_sparse_gradients(item_ids, device):
-    for name in ("hash", "both sum"):
+    for name in ("hash", "hash multi", "hash qr", "semantic prefix", "both sum"):
         layer = LAYERS[name](sparse=True).to(device)
         dense = LAYERS[name]().to(device)
         dense.load_state_dict(layer.state_dict())
@@ -231,6 +272,10 @@ def test_hash_table_starts_from_content(device):
         (
             lambda: SemanticEmbedding(make_sids(), 4, num_buckets=3),
             "num_buckets must be given with .* only then",
+        ),
+        (
+            lambda: SemanticEmbedding(make_sids(), 4, sparse=True),
+            "sparse must be False except with pooling='prefix', got True and 'sum'",
         ),
         (
             lambda: HarmonizedEmbedding(make_sids(), 4, fusion="max"),
