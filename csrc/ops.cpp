@@ -50,7 +50,8 @@ template <typename T>
 static h2rec::AlignmentInputs<T> alignment_inputs(const Tensor& hash_emb, const Tensor& semantic_emb, double temperature,
                                                   const OptionalTensor& items, const OptionalTensor& codes,
                                                   int64_t min_shared_codes, const OptionalTensor& pair_start,
-                                                  const OptionalTensor& pair_column, const OptionalTensor& pair_weight) {
+                                                  const OptionalTensor& pair_column, const OptionalTensor& pair_weight,
+                                                  int64_t first_row, int64_t num_rows) {
   return {hash_emb.const_data_ptr<T>(),
           semantic_emb.const_data_ptr<T>(),
           hash_emb.size(0),
@@ -62,36 +63,40 @@ static h2rec::AlignmentInputs<T> alignment_inputs(const Tensor& hash_emb, const 
           min_shared_codes,
           data_or_null<int64_t>(pair_start),
           data_or_null<int32_t>(pair_column),
-          data_or_null<T>(pair_weight)};
+          data_or_null<T>(pair_weight),
+          first_row,
+          num_rows};
 }
 
 static std::tuple<Tensor, Tensor> alignment_loss(Tensor hash_emb, Tensor semantic_emb, double temperature,
                                                  OptionalTensor items, OptionalTensor codes, int64_t min_shared_codes,
                                                  OptionalTensor pair_start, OptionalTensor pair_column,
-                                                 OptionalTensor pair_weight) {
-  Tensor losses = torch::stable::new_empty(hash_emb, {hash_emb.size(0)});
-  Tensor statistics = torch::stable::new_empty(hash_emb, {4, hash_emb.size(0)});
+                                                 OptionalTensor pair_weight, int64_t first_row, int64_t num_rows) {
+  Tensor row_sums = torch::stable::new_empty(hash_emb, {2, num_rows}, ScalarType::Double);
+  Tensor column_sums = torch::stable::new_empty(hash_emb, {2, hash_emb.size(0)}, ScalarType::Double);
   const auto compute = [&]<typename T>() {
     h2rec::alignment_loss<T>(alignment_inputs<T>(hash_emb, semantic_emb, temperature, items, codes, min_shared_codes,
-                                                 pair_start, pair_column, pair_weight),
-                             losses.mutable_data_ptr<T>(), statistics.mutable_data_ptr<T>(), parallel_for);
+                                                 pair_start, pair_column, pair_weight, first_row, num_rows),
+                             row_sums.mutable_data_ptr<double>(), column_sums.mutable_data_ptr<double>(), parallel_for);
   };
   hash_emb.scalar_type() == ScalarType::Double ? compute.operator()<double>() : compute.operator()<float>();
-  return {losses, statistics};
+  return {row_sums, column_sums};
 }
 
-static std::tuple<Tensor, Tensor, double> alignment_loss_backward(Tensor grad_losses, Tensor statistics, Tensor hash_emb,
-                                                                  Tensor semantic_emb, double temperature,
-                                                                  OptionalTensor items, OptionalTensor codes,
-                                                                  int64_t min_shared_codes, OptionalTensor pair_start,
-                                                                  OptionalTensor pair_column, OptionalTensor pair_weight) {
-  Tensor grad_hash = torch::stable::empty_like(hash_emb), grad_semantic = torch::stable::empty_like(semantic_emb);
+static std::tuple<Tensor, Tensor, double> alignment_loss_backward(
+    Tensor grad_row_sums, Tensor grad_column_sums, Tensor row_sums, Tensor column_sums, Tensor hash_emb,
+    Tensor semantic_emb, double temperature, OptionalTensor items, OptionalTensor codes, int64_t min_shared_codes,
+    OptionalTensor pair_start, OptionalTensor pair_column, OptionalTensor pair_weight, int64_t first_row,
+    int64_t num_rows) {
+  Tensor grad_hash = torch::stable::new_empty(hash_emb, {num_rows, hash_emb.size(1)});
+  Tensor grad_semantic = torch::stable::new_empty(hash_emb, {num_rows, hash_emb.size(1)});
+  const h2rec::AlignmentLogSums sums{grad_row_sums.const_data_ptr<double>(), grad_column_sums.const_data_ptr<double>(),
+                                     row_sums.const_data_ptr<double>(), column_sums.const_data_ptr<double>()};
   const auto compute = [&]<typename T>() {
     return h2rec::alignment_loss_backward<T>(
         alignment_inputs<T>(hash_emb, semantic_emb, temperature, items, codes, min_shared_codes, pair_start, pair_column,
-                            pair_weight),
-        grad_losses.const_data_ptr<T>(), statistics.const_data_ptr<T>(), grad_hash.mutable_data_ptr<T>(),
-        grad_semantic.mutable_data_ptr<T>(), parallel_for);
+                            pair_weight, first_row, num_rows),
+        sums, grad_hash.mutable_data_ptr<T>(), grad_semantic.mutable_data_ptr<T>(), parallel_for);
   };
   const bool is_double = hash_emb.scalar_type() == ScalarType::Double;
   return {grad_hash, grad_semantic, is_double ? compute.operator()<double>() : compute.operator()<float>()};
@@ -316,11 +321,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) {
   m.def("cpu_capability() -> str");
   m.def(
       "_cpp_alignment_loss(Tensor hash_emb, Tensor semantic_emb, float temperature, Tensor? items, Tensor? codes, "
-      "int min_shared_codes, Tensor? pair_start, Tensor? pair_column, Tensor? pair_weight) -> (Tensor, Tensor)");
+      "int min_shared_codes, Tensor? pair_start, Tensor? pair_column, Tensor? pair_weight, int first_row, int num_rows) "
+      "-> (Tensor, Tensor)");
   m.def(
-      "_cpp_alignment_loss_backward(Tensor grad_losses, Tensor statistics, Tensor hash_emb, Tensor semantic_emb, "
-      "float temperature, Tensor? items, Tensor? codes, int min_shared_codes, Tensor? pair_start, Tensor? pair_column, "
-      "Tensor? pair_weight) -> (Tensor, Tensor, float)");
+      "_cpp_alignment_loss_backward(Tensor grad_row_sums, Tensor grad_column_sums, Tensor row_sums, Tensor column_sums, "
+      "Tensor hash_emb, Tensor semantic_emb, float temperature, Tensor? items, Tensor? codes, int min_shared_codes, "
+      "Tensor? pair_start, Tensor? pair_column, Tensor? pair_weight, int first_row, int num_rows) "
+      "-> (Tensor, Tensor, float)");
   m.def("_cpp_residual_quantize(Tensor x, Tensor codebooks, int[] sizes, int beam_size) -> (Tensor, Tensor)");
   m.def(
       "_cpp_harmonized_embedding(Tensor item_ids, Tensor? codes, Tensor? codebooks, int[] sizes, Tensor? hash_table, "

@@ -48,7 +48,7 @@ class Batch {
         items_(padded_),
         codes_(inputs.levels * padded_) {
     const std::int64_t batch = inputs.batch;
-    for_each_row([&](std::int64_t i) {
+    for_each_row(0, batch, [&](std::int64_t i) {
       hash_norms_[i] = pack_unit_row(inputs.hash_emb, i, hash_rows_);
       semantic_norms_[i] = pack_unit_row(inputs.semantic_emb, i, semantic_rows_);
       for (std::int64_t d = 0; d < inputs.dim; ++d) {
@@ -80,16 +80,19 @@ class Batch {
             .pair_weight = inputs_.pair_weight};
   }
 
-  // Calls visit(first row, first column) for every block, in rounds: in one round no two blocks share a row or a column, so
-  // each may add to what belongs to its rows and its columns. Sums come out in the order of the rounds, whatever the
-  // number of threads.
+  // Calls visit(block) for every block of rows [row, row_end) and columns [column, column_end), in rounds: in one round no
+  // two blocks share a row or a column, so each may add to what belongs to its rows and its columns. Sums come out in the
+  // order of the rounds, whatever the number of threads.
   template <typename Visit>
-  void for_each_block(Visit visit) const {
-    const std::int64_t blocks = round_up(inputs_.batch, kBlock) / kBlock;
-    for (std::int64_t round = 0; round < blocks; ++round) {
-      parallel_for_(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-          visit(i * kBlock, (i + round) % blocks * kBlock);
+  void for_each_block(std::int64_t row, std::int64_t row_end, std::int64_t column, std::int64_t column_end,
+                      Visit visit) const {
+    const std::int64_t high = blocks_in(row, row_end), wide = blocks_in(column, column_end);
+    for (std::int64_t round = 0; round < std::max(high, wide); ++round) {
+      parallel_for_(0, std::min(high, wide), 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t k = begin; k < end; ++k) {
+          const std::int64_t i = row + (high <= wide ? k : (k + round) % high) * kBlock;
+          const std::int64_t j = column + (high <= wide ? (k + round) % wide : k) * kBlock;
+          visit(BlockRange{i, std::min(kBlock, row_end - i), j, std::min(kBlock, column_end - j)});
         }
       });
     }
@@ -97,10 +100,11 @@ class Batch {
 
   // Gradients of the rows from those of the unit rows, times temperature. Returns the sum of z (d loss / d z).
   double unit_backward(Panels<T>& grad_hash_rows, Panels<T>& grad_semantic_rows, T* grad_hash, T* grad_semantic) {
-    std::vector<double> along(inputs_.batch);
-    for_each_row([&](std::int64_t i) {
-      along[i] = unit_row_backward(hash_rows_, grad_hash_rows, i, hash_norms_[i], grad_hash);
-      unit_row_backward(semantic_rows_, grad_semantic_rows, i, semantic_norms_[i], grad_semantic);
+    std::vector<double> along(inputs_.num_rows);
+    for_each_row(inputs_.first_row, inputs_.first_row + inputs_.num_rows, [&](std::int64_t i) {
+      const std::int64_t out = i - inputs_.first_row;
+      along[out] = unit_row_backward(hash_rows_, grad_hash_rows, i, hash_norms_[i], grad_hash + out * inputs_.dim);
+      unit_row_backward(semantic_rows_, grad_semantic_rows, i, semantic_norms_[i], grad_semantic + out * inputs_.dim);
     });
     double sum = 0;
     for (const double part : along) {
@@ -112,9 +116,11 @@ class Batch {
   std::int64_t padded() const { return padded_; }
 
  private:
+  static std::int64_t blocks_in(std::int64_t begin, std::int64_t end) { return round_up(end - begin, kBlock) / kBlock; }
+
   template <typename Visit>
-  void for_each_row(Visit visit) const {
-    parallel_for_(0, inputs_.batch, kPanel<T>, [&](std::int64_t begin, std::int64_t end) {
+  void for_each_row(std::int64_t first, std::int64_t last, Visit visit) const {
+    parallel_for_(first, last, kPanel<T>, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         visit(i);
       }
@@ -153,7 +159,7 @@ class Batch {
       along += double(unit(i, d)) * grad_unit(i, d);
     }
     for (std::int64_t d = 0; d < inputs_.dim; ++d) {
-      grad[i * inputs_.dim + d] = T((grad_unit(i, d) - along * unit(i, d)) / (norm * inputs_.temperature));
+      grad[d] = T((grad_unit(i, d) - along * unit(i, d)) / (norm * inputs_.temperature));
     }
     return along / inputs_.temperature;
   }
@@ -169,58 +175,67 @@ class Batch {
 }  // namespace
 
 template <typename T>
-void alignment_loss(const AlignmentInputs<T>& inputs, T* losses, T* statistics, ParallelFor parallel_for) {
+void alignment_loss(const AlignmentInputs<T>& inputs, double* row_sums, double* column_sums, ParallelFor parallel_for) {
   Batch<T> packed(inputs, parallel_for);
   const AlignmentTiles<T> tiles = packed.tiles();
   std::vector<double> storage(4 * packed.padded());
   const auto part = [&](int k) { return storage.data() + k * packed.padded(); };
   const AlignmentSums sums{part(0), part(1), part(2), part(3)};
   const auto block = H2REC_CHOOSE(alignment_block<T>);
-  packed.for_each_block([&](std::int64_t row, std::int64_t column) { block(tiles, row, column, sums); });
-  const std::int64_t batch = inputs.batch;
-  for (std::int64_t i = 0; i < batch; ++i) {
-    // log(1 + N / P) is exact also where the loss is near 0, which the difference of two logarithms would not be.
-    const double row_loss = std::log1p(sums.row_negative[i] / sums.row_positive[i]);
-    const double column_loss = std::log1p(sums.column_negative[i] / sums.column_positive[i]);
-    losses[i] = T((row_loss + column_loss) / 2);
-    statistics[i] = T(std::log(sums.row_positive[i]));
-    statistics[batch + i] = T(row_loss);
-    statistics[2 * batch + i] = T(std::log(sums.column_positive[i]));
-    statistics[3 * batch + i] = T(column_loss);
+  const std::int64_t first = inputs.first_row, rows = inputs.num_rows, batch = inputs.batch;
+  packed.for_each_block(first, first + rows, 0, batch, [&](const BlockRange& range) { block(tiles, range, sums); });
+  for (std::int64_t i = 0; i < rows; ++i) {
+    row_sums[i] = std::log(sums.row_positive[first + i]);
+    row_sums[rows + i] = std::log(sums.row_negative[first + i]);
+  }
+  for (std::int64_t j = 0; j < batch; ++j) {
+    column_sums[j] = std::log(sums.column_positive[j]);
+    column_sums[batch + j] = std::log(sums.column_negative[j]);
   }
 }
 
 template <typename T>
-double alignment_loss_backward(const AlignmentInputs<T>& inputs, const T* grad_losses, const T* statistics, T* grad_hash,
+double alignment_loss_backward(const AlignmentInputs<T>& inputs, const AlignmentLogSums& sums, T* grad_hash,
                                T* grad_semantic, ParallelFor parallel_for) {
   Batch<T> packed(inputs, parallel_for);
   const AlignmentTiles<T> tiles = packed.tiles();
   const std::int64_t batch = inputs.batch, padded = packed.padded();
   std::vector<T> storage(4 * padded);
-  // e / R - w e / P, with log R = log P + loss: 1 / R - w / P is written so that nothing cancels where the loss is near 0.
-  const auto write_factors = [&](const T* log_p, const T* loss, T* negative, T* positive) {
+  const auto factors_of = [&](const double* grad, const double* log_sum, T* factors) {
     for (std::int64_t i = 0; i < batch; ++i) {
-      negative[i] = T(grad_losses[i] / 2 * std::exp(-double(log_p[i]) - loss[i]));
-      positive[i] = T(grad_losses[i] / 2 * std::exp(-double(log_p[i])) * std::expm1(-double(loss[i])));
+      // Where a sum is empty, nothing is divided by it.
+      factors[i] = std::isinf(log_sum[i]) ? T(0) : T(grad[i] * std::exp(-log_sum[i]));
     }
+    return factors;
   };
   T* const parts = storage.data();
-  write_factors(statistics, statistics + batch, parts, parts + padded);
-  write_factors(statistics + 2 * batch, statistics + 3 * batch, parts + 2 * padded, parts + 3 * padded);
-  const AlignmentFactors<T> factors{parts, parts + padded, parts + 2 * padded, parts + 3 * padded};
+  const AlignmentFactors<T> factors{
+      .row_negative = factors_of(sums.grad_row_sums + batch, sums.row_sums + batch, parts),
+      .row_positive = factors_of(sums.grad_row_sums, sums.row_sums, parts + padded),
+      .column_negative = factors_of(sums.grad_column_sums + batch, sums.column_sums + batch, parts + 2 * padded),
+      .column_positive = factors_of(sums.grad_column_sums, sums.column_sums, parts + 3 * padded)};
   Panels<T> grad_hash_rows(padded, inputs.dim), grad_semantic_rows(padded, inputs.dim);
   const auto block = H2REC_CHOOSE(alignment_backward_block<T>);
-  packed.for_each_block([&](std::int64_t row, std::int64_t column) {
-    block(tiles, row, column, factors, grad_hash_rows.data(), grad_semantic_rows.data());
-  });
+  const auto walk = [&](std::int64_t row, std::int64_t row_end, std::int64_t column, std::int64_t column_end, T* to_hash,
+                        T* to_semantic) {
+    packed.for_each_block(row, row_end, column, column_end, [&](const BlockRange& range) {
+      block(tiles, range, factors, to_hash, to_semantic);
+    });
+  };
+  const std::int64_t first = inputs.first_row, end = first + inputs.num_rows;
+  if (inputs.num_rows == batch) {
+    walk(0, batch, 0, batch, grad_hash_rows.data(), grad_semantic_rows.data());
+  } else {
+    walk(first, end, 0, batch, grad_hash_rows.data(), nullptr);
+    walk(0, batch, first / kPanel<T> * kPanel<T>, end, nullptr, grad_semantic_rows.data());
+  }
   return -packed.unit_backward(grad_hash_rows, grad_semantic_rows, grad_hash, grad_semantic) / inputs.temperature;
 }
 
-template void alignment_loss(const AlignmentInputs<float>&, float*, float*, ParallelFor);
+template void alignment_loss(const AlignmentInputs<float>&, double*, double*, ParallelFor);
 template void alignment_loss(const AlignmentInputs<double>&, double*, double*, ParallelFor);
-template double alignment_loss_backward(const AlignmentInputs<float>&, const float*, const float*, float*, float*,
-                                        ParallelFor);
-template double alignment_loss_backward(const AlignmentInputs<double>&, const double*, const double*, double*, double*,
+template double alignment_loss_backward(const AlignmentInputs<float>&, const AlignmentLogSums&, float*, float*, ParallelFor);
+template double alignment_loss_backward(const AlignmentInputs<double>&, const AlignmentLogSums&, double*, double*,
                                         ParallelFor);
 
 }  // namespace h2rec

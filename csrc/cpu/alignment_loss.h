@@ -22,15 +22,23 @@ struct AlignmentInputs {
   const std::int64_t* pair_start;  // [batch + 1]
   const std::int32_t* pair_column;
   const T* pair_weight;
+  // The rows of hash_emb to sum over or, backward, the rows of both to give gradients of.
+  std::int64_t first_row, num_rows;
 };
 
-// losses [batch]; statistics [4, batch]: log P, the row losses, log Q, the column losses.
+// Logarithms of sums of w e (positives) and of (1 - w) e: row_sums [2, num_rows], column_sums [2, batch] over these rows.
 template <typename T>
-void alignment_loss(const AlignmentInputs<T>& inputs, T* losses, T* statistics, ParallelFor parallel_for);
+void alignment_loss(const AlignmentInputs<T>& inputs, double* row_sums, double* column_sums, ParallelFor parallel_for);
 
-// grad_hash, grad_semantic [batch, dim]; returns the gradient of the temperature. The same bits for any number of threads.
+// Of the whole batch, [2, batch] each.
+struct AlignmentLogSums {
+  const double *grad_row_sums, *grad_column_sums, *row_sums, *column_sums;
+};
+
+// grad_hash, grad_semantic [num_rows, dim]; returns what the rows add to the gradient of the temperature. The same bits for
+// any number of threads.
 template <typename T>
-double alignment_loss_backward(const AlignmentInputs<T>& inputs, const T* grad_losses, const T* statistics, T* grad_hash,
+double alignment_loss_backward(const AlignmentInputs<T>& inputs, const AlignmentLogSums& sums, T* grad_hash,
                                T* grad_semantic, ParallelFor parallel_for);
 
 }  // namespace h2rec

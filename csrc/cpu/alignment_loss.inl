@@ -149,19 +149,12 @@ inline typename Lanes<T>::Vector exp2_of_product(typename Lanes<T>::Vector x, T 
   return (Vector)((Mask)power + ((Mask)rounded << kMantissaBits));
 }
 
-// A block of the matrix: rows [row, row + rows) and columns [column, column + columns), `columns` logits of which count.
 template <typename T>
-struct Block {
+struct Block : BlockRange {
   const AlignmentTiles<T>& tiles;
-  std::int64_t row, column, rows, columns;
   T logits[kBlock * kBlockStride<T>];
 
-  Block(const AlignmentTiles<T>& all, std::int64_t first_row, std::int64_t first_column)
-      : tiles(all),
-        row(first_row),
-        column(first_column),
-        rows(all.batch - row < kBlock ? all.batch - row : kBlock),
-        columns(all.batch - column < kBlock ? all.batch - column : kBlock) {
+  Block(const AlignmentTiles<T>& all, const BlockRange& range) : BlockRange(range), tiles(all) {
     multiply_logits(tiles, row, column, rows, columns, logits);
   }
 };
@@ -289,13 +282,13 @@ struct SumRows {
 };
 
 template <typename T>
-void alignment_block(const AlignmentTiles<T>& tiles, std::int64_t row, std::int64_t column, const AlignmentSums& sums) {
-  const Block<T> block(tiles, row, column);
+void alignment_block(const AlignmentTiles<T>& tiles, const BlockRange& range, const AlignmentSums& sums) {
+  const Block<T> block(tiles, range);
   SumRows<T> rows{block, sums};
   for_each_row(block, rows);
   for (std::int64_t j = 0; j < block.columns; ++j) {
-    sums.column_positive[column + j] += rows.column_positive[j];
-    sums.column_negative[column + j] += rows.column_negative[j];
+    sums.column_positive[block.column + j] += rows.column_positive[j];
+    sums.column_negative[block.column + j] += rows.column_negative[j];
   }
 }
 
@@ -322,15 +315,19 @@ struct GradRows {
   }
 };
 
-// Adds the block's part of the gradients of the unit rows, times temperature; panels of [padded, dim].
+// Adds the block's part of the gradients of the unit rows, times temperature; panels of [padded, dim], or null.
 template <typename T>
-void alignment_backward_block(const AlignmentTiles<T>& tiles, std::int64_t row, std::int64_t column,
-                              const AlignmentFactors<T>& factors, T* grad_hash, T* grad_semantic) {
-  Block<T> block(tiles, row, column);
+void alignment_backward_block(const AlignmentTiles<T>& tiles, const BlockRange& range, const AlignmentFactors<T>& factors,
+                              T* grad_hash, T* grad_semantic) {
+  Block<T> block(tiles, range);
   GradRows<T> rows{block, factors};
   for_each_row(block, rows);
-  add_products(tiles, block.logits, kBlockStride<T>, 1, tiles.semantic_rows, column, block.columns, grad_hash, row,
-               block.rows);
-  add_products(tiles, block.logits, 1, kBlockStride<T>, tiles.hash_rows, row, block.rows, grad_semantic, column,
-               block.columns);
+  if (grad_hash != nullptr) {
+    add_products(tiles, block.logits, kBlockStride<T>, 1, tiles.semantic_rows, block.column, block.columns, grad_hash,
+                 block.row, block.rows);
+  }
+  if (grad_semantic != nullptr) {
+    add_products(tiles, block.logits, 1, kBlockStride<T>, tiles.hash_rows, block.row, block.rows, grad_semantic,
+                 block.column, block.columns);
+  }
 }

@@ -8,6 +8,10 @@ namespace h2rec {
 
 // A block of the B x B matrix is what one task computes: its logits, and what goes into and out of them, stay in L2.
 constexpr std::int64_t kBlock = 128;
+
+struct BlockRange {
+  std::int64_t row, rows, column, columns;  // columns start at a panel
+};
 // A row of a block, one cache line longer than it need be: walking down a column then meets every set of L1.
 template <typename T>
 constexpr std::int64_t kBlockStride = kBlock + 64 / sizeof(T);

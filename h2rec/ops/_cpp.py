@@ -17,60 +17,32 @@ def residual_quantize(
 
 
 def alignment_loss(
-    hash_emb: Tensor,
-    semantic_emb: Tensor,
-    temperature: Tensor,
-    item_ids: Tensor | None,
-    codes: Tensor | None,
-    min_shared_codes: int,
-    pair_index: Tensor | None,
-    pair_weight: Tensor | None,
+    hash_emb: Tensor, semantic_emb: Tensor, temperature: Tensor, *arguments
 ) -> tuple[Tensor, Tensor]:
-    arguments = (
-        hash_emb,
-        semantic_emb,
-        temperature,
-        item_ids,
-        codes,
-        min_shared_codes,
-        pair_index,
-        pair_weight,
-    )
     dtype = _alignment_dtype(hash_emb, temperature)
     if dtype is None:
-        return reference.alignment_loss(*arguments)
-    losses, statistics = torch.ops.h2rec._cpp_alignment_loss(*_alignment_arguments(dtype, *arguments))
-    to = torch.promote_types(hash_emb.dtype, torch.float32)
-    return losses.to(to), statistics.to(to)
+        return reference.alignment_loss(hash_emb, semantic_emb, temperature, *arguments)
+    return torch.ops.h2rec._cpp_alignment_loss.default(
+        *_alignment_arguments(dtype, hash_emb, semantic_emb, temperature, *arguments)
+    )
 
 
 def alignment_loss_backward(
-    grad_losses: Tensor,
-    statistics: Tensor,
+    grad_row_sums: Tensor,
+    grad_column_sums: Tensor,
+    row_sums: Tensor,
+    column_sums: Tensor,
     hash_emb: Tensor,
     semantic_emb: Tensor,
     temperature: Tensor,
-    item_ids: Tensor | None,
-    codes: Tensor | None,
-    min_shared_codes: int,
-    pair_index: Tensor | None,
-    pair_weight: Tensor | None,
+    *arguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (
-        hash_emb,
-        semantic_emb,
-        temperature,
-        item_ids,
-        codes,
-        min_shared_codes,
-        pair_index,
-        pair_weight,
-    )
+    sums = grad_row_sums.contiguous(), grad_column_sums.contiguous(), row_sums, column_sums
     dtype = _alignment_dtype(hash_emb, temperature)
     if dtype is None:
-        return reference.alignment_loss_backward(grad_losses, statistics, *arguments)
-    grad_hash, grad_semantic, grad_temperature = torch.ops.h2rec._cpp_alignment_loss_backward(
-        grad_losses.to(dtype).contiguous(), statistics.to(dtype), *_alignment_arguments(dtype, *arguments)
+        return reference.alignment_loss_backward(*sums, hash_emb, semantic_emb, temperature, *arguments)
+    grad_hash, grad_semantic, grad_temperature = torch.ops.h2rec._cpp_alignment_loss_backward.default(
+        *sums, *_alignment_arguments(dtype, hash_emb, semantic_emb, temperature, *arguments)
     )
     return (
         grad_hash.to(hash_emb.dtype),
@@ -130,7 +102,17 @@ def _alignment_dtype(hash_emb: Tensor, temperature: Tensor) -> torch.dtype | Non
 
 
 def _alignment_arguments(
-    dtype, hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight
+    dtype,
+    hash_emb,
+    semantic_emb,
+    temperature,
+    item_ids,
+    codes,
+    min_shared_codes,
+    pair_index,
+    pair_weight,
+    first_row,
+    num_rows,
 ) -> tuple:
     return (
         hash_emb.to(dtype).contiguous(),
@@ -140,6 +122,8 @@ def _alignment_arguments(
         None if codes is None else _labels(codes).T.contiguous(),
         min_shared_codes,
         *_pairs_by_row(len(hash_emb), pair_index, pair_weight, dtype),
+        first_row,
+        num_rows,
     )
 
 

@@ -74,18 +74,10 @@ def alignment_loss(
         )
     if not isinstance(temperature, Tensor):
         temperature = torch.scalar_tensor(temperature, dtype=torch.float64)
-    check_floating("hash_emb", hash_emb)
-    check_floating("semantic_emb", semantic_emb)
-    if group is not None:
-        hash_emb, semantic_emb = gather_rows(hash_emb, group), gather_rows(semantic_emb, group)
-        item_ids, codes, pair_weight = (
-            None if rows is None else gather_rows(rows, group) for rows in (item_ids, codes, pair_weight)
-        )
-        pair_index = None if pair_index is None else gather_rows(pair_index.T, group).T
-    dtype = torch.promote_types(hash_emb.dtype, semantic_emb.dtype)
-    losses, _ = _alignment_loss(
-        hash_emb.to(dtype),
-        semantic_emb.to(dtype),
+    for name, emb in (("hash_emb", hash_emb), ("semantic_emb", semantic_emb)):
+        check_floating(name, emb)
+        check_dim(name, emb, ("B", "D"))
+    arguments = (
         temperature,
         item_ids,
         codes,
@@ -93,16 +85,91 @@ def alignment_loss(
         pair_index,
         pair_weight,
     )
+    if group is None:
+        dtype = torch.promote_types(hash_emb.dtype, semantic_emb.dtype)
+        row_sums, column_sums = _alignment_loss(
+            hash_emb.to(dtype), semantic_emb.to(dtype), *arguments, 0, hash_emb.shape[0]
+        )
+    else:
+        row_sums, column_sums = _SumsOverRanks.apply(group, hash_emb, semantic_emb, *arguments)
+    losses = (_loss_of_sums(row_sums) + _loss_of_sums(column_sums)) / 2
+    losses = losses.to(
+        torch.promote_types(torch.promote_types(hash_emb.dtype, semantic_emb.dtype), torch.float32)
+    )
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
+def _loss_of_sums(log_sums: Tensor) -> Tensor:
+    """log(1 + N / P) ``[B]``: exact also near 0, where the difference of log(N + P) and log P would not be."""
+    log_p, log_n = log_sums
+    return torch.logaddexp(log_n - log_p, torch.zeros_like(log_p))
+
+
+class _SumsOverRanks(torch.autograd.Function):
+    """Every rank sums its own rows against the columns of all; each ends up with the sums of the whole batch.
+
+    Backward, a rank computes the gradients of its own rows and columns alone. They are multiplied by the number of
+    ranks, so that the average that data parallelism takes is their sum.
+    """
+
+    @staticmethod
+    def forward(ctx, group, hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, *pairs):
+        pair_index, pair_weight = pairs
+        dtype = torch.promote_types(hash_emb.dtype, semantic_emb.dtype)
+        pairs_by_row = None if pair_index is None else pair_index.T
+        (hashes, semantics, item_ids, codes, pairs_by_row, pair_weight), counts = gather_rows(
+            (hash_emb.to(dtype), semantic_emb.to(dtype), item_ids, codes, pairs_by_row, pair_weight), group
+        )
+        pair_index = None if pairs_by_row is None else pairs_by_row.T
+        stripe = sum(counts[: group.rank()]), counts[group.rank()]
+        row_sums, column_sums = _alignment_loss(
+            hashes,
+            semantics,
+            temperature,
+            item_ids,
+            codes,
+            min_shared_codes,
+            pair_index,
+            pair_weight,
+            *stripe,
+        )
+        (rows, columns), _ = gather_rows((row_sums.T, column_sums.unsqueeze(0)), group)
+        row_sums, column_sums = rows.T.contiguous(), columns.logsumexp(0)
+        ctx.save_for_backward(
+            row_sums, column_sums, hashes, semantics, temperature, item_ids, codes, pair_index, pair_weight
+        )
+        ctx.min_shared_codes, ctx.stripe, ctx.ranks = min_shared_codes, stripe, len(counts)
+        ctx.dtypes = hash_emb.dtype, semantic_emb.dtype
+        return row_sums, column_sums
+
+    @staticmethod
+    def backward(ctx, grad_row_sums, grad_column_sums):
+        *tensors, pair_index, pair_weight = ctx.saved_tensors
+        grads = _alignment_loss_backward(
+            grad_row_sums,
+            grad_column_sums,
+            *tensors,
+            ctx.min_shared_codes,
+            pair_index,
+            pair_weight,
+            *ctx.stripe,
+        )
+        grad_hash, grad_semantic, grad_temperature = (grad * ctx.ranks for grad in grads)
+        hash_dtype, semantic_dtype = ctx.dtypes
+        return (
+            None,
+            grad_hash.to(hash_dtype),
+            grad_semantic.to(semantic_dtype),
+            grad_temperature,
+            *[None] * 5,
+        )
+
+
 def _check(
-    hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight
+    hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight, *stripe
 ) -> None:
-    check_dim("hash_emb", hash_emb, ("B", "D"))
-    check_dim("semantic_emb", semantic_emb, ("B", "D"))
     torch._check_value(
         hash_emb.shape == semantic_emb.shape,
         lambda: (
@@ -181,10 +248,38 @@ def _check_values(hash_emb, semantic_emb, temperature, pair_index, pair_weight) 
             )
 
 
-def _kernel(
-    hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight
-) -> tuple[Tensor, Tensor]:
-    arguments = (
+def _kernel(hash_emb, semantic_emb, temperature, *arguments) -> tuple[Tensor, Tensor]:
+    _check(hash_emb, semantic_emb, temperature, *arguments)
+    _item_ids, _codes, _min_shared_codes, pair_index, pair_weight, _first_row, _num_rows = arguments
+    _check_values(hash_emb, semantic_emb, temperature, pair_index, pair_weight)
+    implementation = _backends.choose("alignment_loss", hash_emb.device.type)
+    return implementation(hash_emb, semantic_emb, temperature, *arguments)
+
+
+def _fake(hash_emb, *arguments) -> tuple[Tensor, Tensor]:
+    _check(hash_emb, *arguments)
+    num_rows = arguments[-1]
+    return (
+        hash_emb.new_empty((2, num_rows), dtype=torch.float64),
+        hash_emb.new_empty((2, hash_emb.shape[0]), dtype=torch.float64),
+    )
+
+
+def _backward_kernel(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    grad_row_sums = arguments[0]
+    return _backends.choose("alignment_loss_backward", grad_row_sums.device.type)(*arguments)
+
+
+def _backward_fake(
+    grad_row_sums, grad_column_sums, row_sums, column_sums, hash_emb, semantic_emb, *arguments
+):
+    temperature, num_rows = arguments[0], arguments[-1]
+    shape = (num_rows, hash_emb.shape[1])
+    return hash_emb.new_empty(shape), semantic_emb.new_empty(shape), torch.empty_like(temperature)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    (
         hash_emb,
         semantic_emb,
         temperature,
@@ -193,55 +288,26 @@ def _kernel(
         min_shared_codes,
         pair_index,
         pair_weight,
-    )
-    _check(*arguments)
-    _check_values(hash_emb, semantic_emb, temperature, pair_index, pair_weight)
-    return _backends.choose("alignment_loss", hash_emb.device.type)(*arguments)
-
-
-def _statistics_dtype(hash_emb: Tensor) -> torch.dtype:
-    return torch.promote_types(hash_emb.dtype, torch.float32)
-
-
-def _fake(hash_emb, *arguments) -> tuple[Tensor, Tensor]:
-    _check(hash_emb, *arguments)
-    batch_size, dtype = hash_emb.shape[0], _statistics_dtype(hash_emb)
-    return hash_emb.new_empty(batch_size, dtype=dtype), hash_emb.new_empty((4, batch_size), dtype=dtype)
-
-
-def _backward_kernel(grad_losses, statistics, hash_emb, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = _backends.choose("alignment_loss_backward", hash_emb.device.type)
-    return implementation(grad_losses, statistics, hash_emb, *arguments)
-
-
-def _backward_fake(grad_losses, statistics, hash_emb, semantic_emb, temperature, *_):
-    return (
-        torch.empty_like(hash_emb, memory_format=torch.contiguous_format),
-        torch.empty_like(semantic_emb, memory_format=torch.contiguous_format),
-        torch.empty_like(temperature),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    hash_emb, semantic_emb, temperature, item_ids, codes, min_shared_codes, pair_index, pair_weight = inputs
-    _, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.min_shared_codes = min_shared_codes
+        *stripe,
+    ) = inputs
+    ctx.min_shared_codes, ctx.stripe = min_shared_codes, stripe
     ctx.save_for_backward(
-        statistics, hash_emb, semantic_emb, temperature, item_ids, codes, pair_index, pair_weight
+        *output, hash_emb, semantic_emb, temperature, item_ids, codes, pair_index, pair_weight
     )
 
 
-def _backward(ctx, grad_losses: Tensor, _grad_statistics):
+def _backward(ctx, grad_row_sums: Tensor, grad_column_sums: Tensor):
     *tensors, pair_index, pair_weight = ctx.saved_tensors
-    grads = _alignment_loss_backward(grad_losses, *tensors, ctx.min_shared_codes, pair_index, pair_weight)
+    grads = _alignment_loss_backward(
+        grad_row_sums, grad_column_sums, *tensors, ctx.min_shared_codes, pair_index, pair_weight, *ctx.stripe
+    )
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-    return *wanted, None, None, None, None, None
+    return *wanted, *[None] * 7
 
 
 _INPUTS = (
     "Tensor hash_emb, Tensor semantic_emb, Tensor temperature, Tensor? item_ids, Tensor? codes, "
-    "SymInt min_shared_codes, Tensor? pair_index, Tensor? pair_weight"
+    "SymInt min_shared_codes, Tensor? pair_index, Tensor? pair_weight, SymInt first_row, SymInt num_rows"
 )
 
 _alignment_loss = define(
@@ -253,7 +319,8 @@ _alignment_loss = define(
 )
 
 _alignment_loss_backward = define(
-    f"alignment_loss_backward(Tensor grad_losses, Tensor statistics, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    "alignment_loss_backward(Tensor grad_row_sums, Tensor grad_column_sums, Tensor row_sums, Tensor column_sums, "
+    f"{_INPUTS}) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )

@@ -15,24 +15,27 @@ def alignment_loss(
     min_shared_codes: int,
     pair_index: Tensor | None,
     pair_weight: Tensor | None,
+    first_row: int,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``(losses [B], statistics [4, B])``: log P, the row losses, log Q, the column losses.
+    """Sums over the rows of ``hash_emb`` from ``first_row`` on, as logarithms in fp64.
 
-    A loss is log(1 + N / P), where N sums what is no positive, (1 - w_ij) e_ij: exact also where the loss is near 0,
-    which the difference of log R and log P would not be.
+    Returns:
+        row_sums ``[2, num_rows]``: log P_i of the positives w_ij e_ij and log N_i of the rest (1 - w_ij) e_ij, over
+            all j; column_sums ``[2, B]``: log Q_j and log M_j, the same over these rows.
     """
-    logits, _, _ = _logits(hash_emb, semantic_emb, temperature)  # [B, B]
-    weights = positive_weights(logits, item_ids, codes, min_shared_codes, pair_index, pair_weight)
-    positive, negative = logits + weights.log(), logits + (1 - weights).log()
-    log_p, log_q = positive.logsumexp(1), positive.logsumexp(0)
-    rows = _log1p_exp(negative.logsumexp(1) - log_p)
-    columns = _log1p_exp(negative.logsumexp(0) - log_q)
-    return (rows + columns) / 2, torch.stack([log_p, rows, log_q, columns])
+    rows = slice(first_row, first_row + num_rows)
+    logits, _, _ = _logits(hash_emb[rows], semantic_emb, temperature)  # [R, B]
+    weights = positive_weights(logits, rows, item_ids, codes, min_shared_codes, pair_index, pair_weight)
+    parts = torch.stack([logits + weights.log(), logits + (1 - weights).log()]).double()
+    return parts.logsumexp(2), parts.logsumexp(1)
 
 
 def alignment_loss_backward(
-    grad_losses: Tensor,
-    statistics: Tensor,
+    grad_row_sums: Tensor,
+    grad_column_sums: Tensor,
+    row_sums: Tensor,
+    column_sums: Tensor,
     hash_emb: Tensor,
     semantic_emb: Tensor,
     temperature: Tensor,
@@ -41,56 +44,67 @@ def alignment_loss_backward(
     min_shared_codes: int,
     pair_index: Tensor | None,
     pair_weight: Tensor | None,
+    first_row: int,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``hash_emb``, ``semantic_emb`` and ``temperature``."""
+    """From the sums ``[2, B]`` over the whole batch and their gradients.
+
+    Returns:
+        The gradients ``[num_rows, D]`` of the rows of ``hash_emb`` and ``semantic_emb`` from ``first_row`` on, and
+        what these rows of ``hash_emb`` add to the temperature's.
+    """
+    rows = slice(first_row, first_row + num_rows)
     logits, (unit_h, norm_h), (unit_s, norm_s) = _logits(hash_emb, semantic_emb, temperature)
-    weights = positive_weights(logits, item_ids, codes, min_shared_codes, pair_index, pair_weight)
-    log_p, rows, log_q, columns = statistics
-    by_row = _grad_of_log_ratio(logits, weights, log_p[:, None], rows[:, None])
-    by_column = _grad_of_log_ratio(logits, weights, log_q, columns)
-    grad_logits = (grad_losses[:, None] * by_row + grad_losses * by_column) / 2  # [B, B]
+    weights = positive_weights(
+        logits, slice(None), item_ids, codes, min_shared_codes, pair_index, pair_weight
+    )
+    by_row = _grad_of_log_sums(logits, weights, grad_row_sums.unsqueeze(2), row_sums.unsqueeze(2))
+    by_column = _grad_of_log_sums(logits, weights, grad_column_sums, column_sums)
+    grad_logits = by_row + by_column  # [B, B]
     scale = temperature.to(logits)
-    grad_h = _unit_backward(grad_logits @ unit_s / scale, unit_h, norm_h)
-    grad_s = _unit_backward(grad_logits.T @ unit_h / scale, unit_s, norm_s)
-    grad_temperature = -(grad_logits * logits).sum() / scale
+    grad_h = _unit_backward(grad_logits[rows] @ unit_s / scale, unit_h[rows], norm_h[rows])
+    grad_s = _unit_backward(grad_logits[:, rows].T @ unit_h / scale, unit_s[rows], norm_s[rows])
+    grad_temperature = -(grad_logits[rows] * logits[rows]).sum() / scale
     return grad_h.to(hash_emb.dtype), grad_s.to(semantic_emb.dtype), grad_temperature.to(temperature)
 
 
-def _log1p_exp(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
-def _grad_of_log_ratio(logits: Tensor, weights: Tensor, log_p: Tensor, loss: Tensor) -> Tensor:
-    """``e / R - w e / P`` with log R = log P + loss, written so that nothing cancels where the loss is near 0."""
-    negative = (1 - weights) * (logits - log_p - loss).exp()
-    # The weight goes into the exponent: beside a positive far below it, a negative's exponential alone may be infinite.
-    return negative + (logits + weights.log() - log_p).exp() * torch.expm1(-loss)
+def _grad_of_log_sums(logits: Tensor, weights: Tensor, grads: Tensor, log_sums: Tensor) -> Tensor:
+    grad_p, grad_n = grads.to(logits.dtype)
+    # log N is -inf where every pair is a positive: then there is nothing to divide by N.
+    log_p, log_n = log_sums.to(logits.dtype).clamp_min(torch.finfo(logits.dtype).min)
+    # The weight goes into the exponent: the exponential alone may be infinite.
+    positive = (logits + weights.log() - log_p).exp()
+    negative = (logits + (1 - weights).log() - log_n).exp()
+    return grad_p * positive + grad_n * negative
 
 
 def positive_weights(
     logits: Tensor,
+    rows: slice,
     item_ids: Tensor | None,
     codes: Tensor | None,
     min_shared_codes: int,
     pair_index: Tensor | None,
     pair_weight: Tensor | None,
 ) -> Tensor:
-    """The weights w_ij ``[B, B]``: 1 for positives by position, item or codes, else the largest given pair weight."""
-    weights = torch.zeros_like(logits)
+    """The weights w_ij ``[R, B]`` of ``rows``: 1 for positives by position, item or codes, else the largest given."""
+    num_rows, batch_size = logits.shape
+    positions = torch.arange(batch_size, device=logits.device)
+    positive = positions[rows, None] == positions
+    weights = logits.new_zeros(num_rows * batch_size + 1)  # the last one takes the pairs of other rows
     if pair_index is not None:
-        first, second = pair_index.to(torch.int64)
-        flat = first * logits.shape[0] + second
-        weights.view(-1).scatter_reduce_(0, flat, pair_weight.to(weights), "amax")
-        weights = weights.maximum(weights.T)
-    positive = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
+        row, column = torch.cat([pair_index, pair_index.flip(0)], dim=1).to(torch.int64)
+        row = row - (rows.start or 0)
+        place = torch.where((row >= 0) & (row < num_rows), row * batch_size + column, len(weights) - 1)
+        weights.scatter_reduce_(0, place, pair_weight.to(weights).repeat(2), "amax")
     if item_ids is not None:
-        positive |= item_ids[:, None] == item_ids
+        positive |= item_ids[rows, None] == item_ids
     if codes is not None:
         shared = torch.zeros(positive.shape, dtype=torch.int32, device=logits.device)
         for level_codes in codes.unbind(1):
-            shared += level_codes[:, None] == level_codes
+            shared += level_codes[rows, None] == level_codes
         positive |= shared >= min_shared_codes
-    return weights.masked_fill(positive, 1)
+    return weights[:-1].view(num_rows, batch_size).masked_fill(positive, 1)
 
 
 def _logits(hash_emb: Tensor, semantic_emb: Tensor, temperature: Tensor):

@@ -1,6 +1,7 @@
 """Run by test_alignment_loss.py: one process per count of rows, each with its part of one batch."""
 
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,10 @@ def one_rank(rank: int, rendezvous: str, counts: list[int]) -> None:
         return loss.detach(), [leaf.grad for leaf in (*leaves, temperature)]
 
     pairs = slice(rank, None, len(counts))  # uneven too
-    loss, grads = loss_and_grads(mine, pairs, dist.group.WORLD)
+    operator = sys.modules[ops.alignment_loss.__module__]
+    with mock.patch.object(operator, "_alignment_loss", wraps=operator._alignment_loss) as forward:
+        loss, grads = loss_and_grads(mine, pairs, dist.group.WORLD)
+    assert forward.call_args.args[-2:] == (start, counts[rank])  # its own rows, and no others
     for grad in grads:  # as DDP does
         dist.all_reduce(grad)
         grad /= len(counts)

@@ -161,6 +161,27 @@ def test_same_bits_for_any_number_of_threads(backend, device, generator):
             assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize(("first_row", "num_rows"), [(0, 131), (0, 5), (70, 61), (129, 2), (40, 0)])
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_a_stripe_of_rows_is_its_part_of_all(backend, first_row, num_rows, temperature, device, generator):
+    h, s = torch.randn(2, 131, 24, generator=generator, dtype=torch.float64).to(device)
+    given = to_device(make_positives("all", 131, generator), device)
+    arguments = (h, s, torch.tensor(temperature, dtype=torch.float64), *given.values())
+    operator, backward = torch.ops.h2rec.alignment_loss, torch.ops.h2rec.alignment_loss_backward
+    rows = slice(first_row, first_row + num_rows)
+    stripes = [(0, first_row), (first_row, num_rows), (rows.stop, 131 - rows.stop)]
+    parts = [operator(*arguments, *stripe) for stripe in stripes]
+    sums = row_sums, column_sums = operator(*arguments, 0, 131)
+    torch.testing.assert_close(parts[1][0], row_sums[:, rows])
+    torch.testing.assert_close(torch.stack([part[1] for part in parts]).logsumexp(0), column_sums)
+    grads = torch.randn(2, 2, 131, generator=generator, dtype=torch.float64).to(device)
+    whole = backward(*grads, *sums, *arguments, 0, 131)
+    parts = [backward(*grads, *sums, *arguments, *stripe) for stripe in stripes]
+    for k in range(2):
+        torch.testing.assert_close(torch.cat([part[k] for part in parts]), whole[k])
+    torch.testing.assert_close(sum(part[2] for part in parts), whole[2])
+
+
 def test_one_row_gives_zero(backend, device):
     assert ops.alignment_loss(torch.ones(1, 3, device=device), -torch.ones(1, 3, device=device)).item() == 0
 
@@ -187,7 +208,7 @@ def test_opcheck(backend, device, generator):
     options = to_device(make_positives("all", 6, generator), device)
     temperature = torch.tensor(0.4, device=device, requires_grad=True)
     arguments = (h, s, temperature, *(options[k] for k in ("item_ids", "codes", "min_shared_codes")))
-    arguments = (*arguments, options["pair_index"], options["pair_weight"])
+    arguments = (*arguments, options["pair_index"], options["pair_weight"], 0, len(h))
     torch.library.opcheck(torch.ops.h2rec.alignment_loss.default, arguments)
 
 
