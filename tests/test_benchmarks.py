@@ -162,15 +162,16 @@ def test_the_yardstick_is_timed_in_the_same_rounds_and_is_no_column():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak memory")
 def test_peak_memory_counts_what_is_freed_within_the_call():
-    size = 8 * 2**20
+    size = 16 * 2**20
+    code = 4 * 2**20  # pages of code that the kernel had taken back are read in again, and count
 
     def use_and_free(size=size):
         torch.ones(size, dtype=torch.uint8).add_(1)
 
     use_and_free(2 * size)  # from now on glibc keeps freed memory of this size for the next call
     result = compare({"ours": use_and_free, "nothing": lambda: None}, memory=True)
-    assert result.column("ours").peak_bytes == pytest.approx(size, rel=0.05)
-    assert result.column("nothing").peak_bytes < 0.05 * size
+    assert 0.95 * size < result.column("ours").peak_bytes < size + code
+    assert result.column("nothing").peak_bytes < code
 
 
 def test_json_holds_every_measurement():
