@@ -27,6 +27,7 @@ RANK = {
     "_C": 0,
     "_catalog": 0,
     "_version": 0,
+    "_files": 0,
 }
 ONLY_FOR = {"_catalog": {"data", "tokenizers", "semantic_ids"}}
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from h2rec.training.files import replacing
+from h2rec._files import replacing
 from h2rec.training.module import MONITOR
 
 _COLUMNS = ("epoch", "train_loss", MONITOR, "valid_HR@10")

@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from h2rec._files import replacing
 from h2rec.data import (
     CoOccurrence,
     ItemCatalog,
@@ -23,7 +24,6 @@ from h2rec.data import (
 )
 from h2rec.semantic_ids import SemanticIds
 from h2rec.training.config import TrainConfig
-from h2rec.training.files import replacing
 
 
 class Inputs(NamedTuple):

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from h2rec._files import replacing
 from h2rec.data import ItemCatalog
 from h2rec.models import SequentialModel, build_model
 from h2rec.semantic_ids import SemanticIds
@@ -30,7 +31,7 @@ from h2rec.training.checkpoints import (
 )
 from h2rec.training.config import TrainConfig
 from h2rec.training.evaluation import metrics_of, rank_users
-from h2rec.training.files import replacing, write_json
+from h2rec.training.files import write_json
 from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
 from h2rec.training.module import Recommender, check_origin
 from h2rec.training.progress import progress_callback, quiet_lightning, say
