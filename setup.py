@@ -104,8 +104,8 @@ def catalog_extension():
 
     return Extension(
         "h2rec._catalog",
-        ["csrc/catalog/bindings.cpp", "csrc/catalog/group_codes.cpp"],
-        depends=["csrc/catalog/group_codes.h"],
+        ["csrc/catalog/bindings.cpp", "csrc/catalog/group_codes.cpp", "csrc/catalog/place_items.cpp"],
+        depends=["csrc/catalog/group_codes.h", "csrc/catalog/place_items.h"],
         include_dirs=[pybind11.get_include()],
         language="c++",
         extra_compile_args=CXX_FLAGS,

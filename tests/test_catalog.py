@@ -11,7 +11,7 @@ if os.environ.get("H2REC_BUILD_EXT") == "0":
     pytest.skip("h2rec was asked to be built without extensions", allow_module_level=True)
 
 from h2rec import semantic_ids
-from h2rec._catalog import group_codes
+from h2rec._catalog import group_codes, place_items
 
 RNG = np.random.default_rng(0)
 CATALOGS = {
@@ -81,3 +81,28 @@ def test_other_threads_run_meanwhile():
     done.set()
     other.join()
     assert sum(start < tick < end for tick in ticks) >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": np.zeros((3, 2), dtype=np.int64)}, "candidates must be C-contiguous, int32"),
+        ({"candidates": np.zeros((2, 2), dtype=np.int32)}, r"candidates must be .* got int32 \(2, 2\)"),
+        ({"candidates": np.zeros((3, 0), dtype=np.int32)}, "candidates two with at least one column"),
+        ({"candidates": np.full((3, 2), 9, dtype=np.int32)}, r"codes must lie in \[0, 5\), got 9"),
+        ({"settled_codes": np.array([-1], dtype=np.int32)}, r"codes must lie in \[0, 5\), got -1"),
+        ({"settled_prefixes": np.zeros(2, dtype=np.int64)}, "settled_codes must be .* a length that fits"),
+        ({"prefixes": np.zeros(3, dtype=np.int32)}, "prefixes must be C-contiguous, int64"),
+    ],
+)
+def test_place_items_refuses(change: dict, message: str):
+    arguments = {
+        "prefixes": np.zeros(3, dtype=np.int64),
+        "candidates": np.zeros((3, 2), dtype=np.int32),
+        "settled_prefixes": np.zeros(1, dtype=np.int64),
+        "settled_codes": np.zeros(1, dtype=np.int32),
+        "num_codes": 5,
+        "capacity": 1,
+    }
+    with pytest.raises(ValueError, match=message):
+        place_items(**arguments | change)

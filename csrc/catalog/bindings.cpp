@@ -8,8 +8,26 @@
 #include <vector>
 
 #include "group_codes.h"
+#include "place_items.h"
 
 namespace py = pybind11;
+
+// The elements of a C-contiguous array of this type and shape; -1 stands for any size.
+template <typename T>
+static const T* elements(const char* name, const py::array& array, std::initializer_list<std::int64_t> shape) {
+  bool fits = py::isinstance<py::array_t<T>>(array) && (array.flags() & py::array::c_style) &&
+              array.ndim() == static_cast<py::ssize_t>(shape.size());
+  for (std::size_t axis = 0; fits && axis < shape.size(); ++axis) {
+    fits = shape.begin()[axis] < 0 || array.shape(axis) == shape.begin()[axis];
+  }
+  if (!fits) {
+    const auto text = [](const py::handle& value) { return py::str(value).cast<std::string>(); };
+    throw py::value_error(std::string(name) + " must be C-contiguous, " + text(py::dtype::of<T>()) +
+                          " and of a length that fits the others, got " + text(array.dtype()) + " " +
+                          text(array.attr("shape")));
+  }
+  return static_cast<const T*>(array.data());
+}
 
 static std::pair<py::array_t<std::int64_t>, py::array_t<std::int64_t>> group_codes(const py::array& codes) {
   if (!py::isinstance<py::array_t<std::int32_t>>(codes)) {
@@ -34,6 +52,27 @@ static std::pair<py::array_t<std::int64_t>, py::array_t<std::int64_t>> group_cod
   return {order, py::array_t<std::int64_t>(starts.size(), starts.data())};
 }
 
+static py::array_t<std::int32_t> place_items(const py::array& prefixes, const py::array& candidates,
+                                             const py::array& settled_prefixes, const py::array& settled_codes,
+                                             std::int64_t num_codes, std::int64_t capacity) {
+  if (prefixes.ndim() != 1 || settled_prefixes.ndim() != 1 || candidates.ndim() != 2 || candidates.shape(1) == 0) {
+    throw py::value_error("prefixes must have one dimension, candidates two with at least one column");
+  }
+  const std::int64_t num_items = prefixes.shape(0), num_settled = settled_prefixes.shape(0);
+  const h2rec::catalog::Wishes wishes{elements<std::int64_t>("prefixes", prefixes, {num_items}),
+                                      elements<std::int32_t>("candidates", candidates, {num_items, -1}), num_items,
+                                      candidates.shape(1)};
+  const h2rec::catalog::Settled settled{elements<std::int64_t>("settled_prefixes", settled_prefixes, {num_settled}),
+                                        elements<std::int32_t>("settled_codes", settled_codes, {num_settled}),
+                                        num_settled};
+  std::vector<std::int32_t> choices;
+  {
+    py::gil_scoped_release release;
+    choices = h2rec::catalog::place_items(wishes, settled, num_codes, capacity);
+  }
+  return py::array_t<std::int32_t>(choices.size(), choices.data());
+}
+
 PYBIND11_MODULE(_catalog, m) {
   m.doc() = "Work on whole catalogs: numpy arrays in and out, without torch.";
   m.def("group_codes", &group_codes, py::arg("codes"),
@@ -41,4 +80,12 @@ PYBIND11_MODULE(_catalog, m) {
         "codes: int32 [num_items, num_levels], C-contiguous, not negative.\n"
         "order: int64 [num_items], item ids sorted by their row of codes; equal rows by item id.\n"
         "starts: int64 [num_groups + 1]; group g of items with equal codes is order[starts[g]:starts[g + 1]].");
+  m.def("place_items", &place_items, py::arg("prefixes"), py::arg("candidates"), py::arg("settled_prefixes"),
+        py::arg("settled_codes"), py::arg("num_codes"), py::arg("capacity"),
+        "place_items(prefixes, candidates, settled_prefixes, settled_codes, num_codes, capacity) -> choices\n\n"
+        "prefixes: int64 [M], ascending; of equal ones those that choose first stand first.\n"
+        "candidates: int32 [M, C], last codes in [0, num_codes), the best first.\n"
+        "settled_prefixes, settled_codes: int64 [S], ascending, and int32 [S]: who has a place already.\n"
+        "choices: int32 [M]; the column of the candidate that has room for the item, -1 if none has. At most capacity\n"
+        "items get the same prefix and code.");
 }

@@ -1,6 +1,6 @@
 """Items that share a semantic ID: moving some to another code of the last level, or telling them apart by one more."""
 
-from collections import defaultdict
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,8 @@ from torch import Tensor
 from h2rec.ops.vector_batches import VectorSource, vector_batches
 from h2rec.semantic_ids import SemanticIds
 
-_BATCH_SIZE = 16_384
+# Floats of the largest intermediate, distances [rows, K]: 16 MiB.
+_BLOCK_ELEMENTS = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -73,55 +74,42 @@ def resolve_collisions(
         raise ValueError(
             "the last level of these SemanticIds numbers the items of a tuple: there are no collisions"
         )
-    codes = sids.codes.clone()
     crowded = _in_large_groups(sids, capacity)
     items, candidates, distances = _candidates(sids, vectors, crowded, num_candidates, num_published)
-
-    # room[prefix][code]: how many more items a tuple takes; only prefixes with a crowded tuple are looked at.
-    prefixes, prefix_of = _prefix_numbers(codes)
-    watched = np.zeros(prefixes, dtype=bool)
-    watched[prefix_of[items]] = True
-    room: dict[tuple[int, int], int] = defaultdict(lambda: capacity)
-    last = codes[:, -1].numpy()
-    # Whoever may not move, or need not, takes a place first.
+    codes = sids.codes.clone()
+    last = codes[:, -1].numpy()  # shares memory with codes
+    prefixes = _prefix_numbers(codes)
+    # Prefix by prefix, the nearest first; who may not move, or need not, has a place already.
+    order = np.lexsort((items, distances[:, 0], prefixes[items]))
+    items, candidates, distances = items[order], candidates[order], distances[order]
     settled = np.ones(len(codes), dtype=bool)
     settled[items] = False
-    for item in np.flatnonzero(settled & watched[prefix_of]).tolist():
-        room[int(prefix_of[item]), int(last[item])] -= 1
-
-    moved, old_codes, added, unresolved = [], [], [], 0
-    waiting = []
-    for row in np.lexsort((items, distances[:, 0])).tolist():  # the nearest first
-        place = int(prefix_of[items[row]]), int(candidates[row, 0])
-        if room[place] > 0:
-            room[place] -= 1
-        else:
-            waiting.append(row)
-    for row in waiting:
-        item = int(items[row])
-        prefix = int(prefix_of[item])
-        for rank, code in enumerate(candidates[row].tolist()):
-            if room[prefix, code] > 0:
-                room[prefix, code] -= 1
-                moved.append(item)
-                old_codes.append(int(last[item]))
-                added.append(float(distances[row, rank] - distances[row, 0]))
-                last[item] = code  # shares memory with codes
-                break
-        else:
-            unresolved += 1
-    order = np.argsort(moved)
-    moved = torch.tensor(moved, dtype=torch.int64)[order]
+    settled = np.flatnonzero(settled)
+    settled = settled[np.argsort(prefixes[settled], kind="stable")]
+    choices = _place_items(
+        prefixes[items],
+        candidates,
+        prefixes[settled],
+        last[settled],
+        num_codes=sids.codebook_sizes[-1],
+        capacity=capacity,
+    )
+    rows = np.flatnonzero(choices > 0)
+    rows = rows[np.argsort(items[rows])]
+    moved, ranks = items[rows], choices[rows]
+    old_codes = last[moved]
+    last[moved] = candidates[rows, ranks]
+    added = distances[rows, ranks] - distances[rows, 0]
     provenance = sids.provenance | {"collisions": "next-best", "capacity": str(capacity)}
     return Resolution(
         sids=SemanticIds(
             codes, codebook_sizes=sids.codebook_sizes, codebooks=sids.codebooks, provenance=provenance
         ),
-        moved=moved,
-        old_codes=torch.tensor(old_codes, dtype=torch.int32)[order],
+        moved=torch.from_numpy(moved),
+        old_codes=torch.from_numpy(old_codes),
         new_codes=codes[moved, -1],
-        added_error=float(np.mean(added)) if added else 0.0,
-        unresolved=unresolved,
+        added_error=float(added.mean(dtype=np.float64)) if len(added) else 0.0,
+        unresolved=int((choices < 0).sum()),
     )
 
 
@@ -157,16 +145,13 @@ def _in_large_groups(sids: SemanticIds, capacity: int) -> np.ndarray:
     return crowded
 
 
-def _prefix_numbers(codes: Tensor) -> tuple[int, np.ndarray]:
-    """How many prefixes of L - 1 codes there are, and that of each item."""
-    if codes.shape[1] == 1:
-        return 1, np.zeros(len(codes), dtype=np.int64)
-    order, starts = (
-        SemanticIds(codes[:, :-1]).groups() if len(codes) else (np.zeros(0, int), np.zeros(1, int))
-    )
-    numbers = np.empty(len(codes), dtype=np.int64)
-    numbers[order] = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    return len(starts) - 1, numbers
+def _prefix_numbers(codes: Tensor) -> np.ndarray:
+    """Equal for items with equal first L - 1 codes, ascending with these."""
+    numbers = np.zeros(len(codes), dtype=np.int64)
+    if codes.shape[1] > 1 and len(codes):
+        order, starts = SemanticIds(codes[:, :-1]).groups()
+        numbers[order] = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    return numbers
 
 
 def _candidates(
@@ -175,10 +160,14 @@ def _candidates(
     """Crowded items that may move ``[M]``, their nearest last codes ``[M, C]``, the current first, and distances."""
     *before, last = sids.codebooks
     count = min(num_candidates, len(last))
-    items, candidates, distances = [np.zeros(0, np.int64)], [np.zeros((0, count), np.int64)], []
-    distances.append(np.zeros((0, count), np.float32))
+    items, candidates = [np.zeros(0, np.int64)], [np.zeros((0, count), np.int32)]
+    distances = [np.zeros((0, count), np.float32)]
     start = num_published
-    for batch in vector_batches(vectors, _BATCH_SIZE):
+    for batch in vector_batches(vectors, max(1, _BLOCK_ELEMENTS // len(last))):
+        if batch.shape[1] != last.shape[1]:
+            raise ValueError(
+                f"vectors must have dimension {last.shape[1]}, as the codebooks have, got {batch.shape[1]}"
+            )
         stop = start + len(batch)
         chosen = torch.from_numpy(start + np.flatnonzero(crowded[start:stop]))
         residual = batch.cpu()[chosen - start]
@@ -189,7 +178,7 @@ def _candidates(
         current = sids.codes[chosen, -1:].long()
         ranked = squared.scatter(1, current, -1).topk(count, dim=1, largest=False).indices
         items.append(chosen.numpy())
-        candidates.append(ranked.numpy())
+        candidates.append(ranked.int().numpy())
         distances.append(squared.gather(1, ranked).numpy())
         start = stop
     if start != sids.num_items:
@@ -198,3 +187,48 @@ def _candidates(
             f"got {start - num_published}"
         )
     return np.concatenate(items), np.concatenate(candidates), np.concatenate(distances)
+
+
+def _place_items(
+    prefixes: np.ndarray,
+    candidates: np.ndarray,
+    settled_prefixes: np.ndarray,
+    settled_codes: np.ndarray,
+    *,
+    num_codes: int,
+    capacity: int,
+) -> np.ndarray:
+    """The column of ``candidates [M, C]`` that each item gets, ``[M]`` int32; -1 where none has room.
+
+    ``prefixes [M]`` and ``settled_prefixes [S]`` ascend; within a prefix those that choose first stand first.
+    """
+    try:
+        from h2rec._catalog import place_items
+    except ImportError:
+        return _place_items_in_python(
+            prefixes, candidates, settled_prefixes, settled_codes, num_codes, capacity
+        )
+    return place_items(prefixes, candidates, settled_prefixes, settled_codes, num_codes, capacity)
+
+
+def _place_items_in_python(
+    prefixes: np.ndarray,
+    candidates: np.ndarray,
+    settled_prefixes: np.ndarray,
+    settled_codes: np.ndarray,
+    num_codes: int,
+    capacity: int,
+) -> np.ndarray:
+    choices = np.full(len(prefixes), -1, dtype=np.int32)
+    firsts = np.flatnonzero(np.diff(prefixes, prepend=-1))
+    for first, stop in itertools.pairwise([*firsts.tolist(), len(prefixes)]):
+        start, end = np.searchsorted(settled_prefixes, [prefixes[first], prefixes[first] + 1])
+        loads = np.bincount(settled_codes[start:end], minlength=num_codes)
+        # First who finds room on the first candidate, then the others.
+        for ranks in (range(1), range(1, candidates.shape[1])):
+            for row in range(first, stop):
+                for rank in ranks:
+                    if choices[row] < 0 and loads[candidates[row, rank]] < capacity:
+                        loads[candidates[row, rank]] += 1
+                        choices[row] = rank
+    return choices

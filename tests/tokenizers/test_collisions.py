@@ -1,8 +1,14 @@
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from h2rec import SemanticIds
 from h2rec.tokenizers import ProductQuantizer, RQKMeans, add_level, resolve_collisions
+from h2rec.tokenizers.collisions import _place_items, _place_items_in_python
 
 
 def catalog(num_items=400, capacity_of_codes=(4, 8), seed=0):
@@ -51,8 +57,50 @@ def test_published_items_stay_and_take_their_places():
     longer = first.append(new)
     result = resolve_collisions(longer, new, capacity=20, num_published=400)
     assert torch.equal(result.sids.codes[:400], first.codes)
+    assert len(result.moved) > 0
     assert result.moved.min() >= 400
-    assert group_sizes(result.sids).max() <= 20 or result.unresolved
+    assert result.unresolved == 0
+    of_tuple = torch.unique(result.sids.codes, dim=0, return_inverse=True)[1]
+    taken_by_new = torch.unique(of_tuple[400:])
+    assert group_sizes(result.sids)[taken_by_new].max() <= 20
+
+
+@given(st.data())
+def test_compiled_and_python_placement_agree_and_keep_the_capacity(data):
+    num_codes, num_candidates = 5, data.draw(st.integers(1, 5))
+    capacity = data.draw(st.integers(1, 3))
+    prefix = st.integers(0, 3)
+    orders = st.permutations(range(num_codes)).map(lambda codes: codes[:num_candidates])
+    wishes = sorted(data.draw(st.lists(st.tuples(prefix, orders), max_size=25)), key=lambda wish: wish[0])
+    settled = sorted(data.draw(st.lists(st.tuples(prefix, st.integers(0, 4)), max_size=15)))
+    arrays = (
+        np.array([prefix for prefix, _ in wishes], dtype=np.int64),
+        np.array([codes for _, codes in wishes], dtype=np.int32).reshape(-1, num_candidates),
+        np.array([prefix for prefix, _ in settled], dtype=np.int64),
+        np.array([code for _, code in settled], dtype=np.int32),
+    )
+    choices = _place_items(*arrays, num_codes=num_codes, capacity=capacity)
+    np.testing.assert_array_equal(choices, _place_items_in_python(*arrays, num_codes, capacity))
+    loads = Counter(settled)
+    before = Counter(settled)
+    loads.update(
+        (prefix, codes[choice])
+        for (prefix, codes), choice in zip(wishes, choices.tolist(), strict=True)
+        if choice >= 0
+    )
+    assert all(load <= max(capacity, before[place]) for place, load in loads.items())
+    for (prefix, codes), choice in zip(wishes, choices.tolist(), strict=True):
+        better = codes[:choice] if choice >= 0 else codes
+        assert all(loads[prefix, code] >= capacity for code in better)  # nobody is passed over
+
+
+def test_duplicates_fill_a_prefix_and_no_more():
+    codebooks = torch.tensor([[[0.0], [10.0]], [[0.0], [1.0]]])
+    x = torch.zeros(5, 1)
+    sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebooks=codebooks)
+    result = resolve_collisions(sids, x)
+    assert result.sids.codes[:, 1].tolist() == [0, 1, 0, 0, 0]
+    assert (result.moved.tolist(), result.unresolved) == ([1], 3)
 
 
 def test_a_counting_level_tells_all_items_apart_and_goes_on_after_load(tmp_path):
@@ -92,6 +140,7 @@ def test_product_quantization_resolves_alike():
             {"vectors": torch.zeros(3, 6)},
             "vectors must have 400 rows, one for each item that may move, got 3",
         ),
+        ({"vectors": torch.zeros(400, 5)}, "vectors must have dimension 6, as the codebooks have, got 5"),
         ({"sids": SemanticIds(torch.zeros(3, 2, dtype=torch.int32))}, "have no codebooks"),
     ],
 )
