@@ -22,10 +22,13 @@ class PrefixTrie:
         order, starts = (torch.from_numpy(array) for array in sids.groups())
         tuples = sids.codes[order[starts[:-1]]].long()  # [G, L], sorted
         self._keys = []  # level l: parent * K_l + code, ascending; the position is the node
+        self._most_children = []  # level l: codes of this level that follow one node
         parent = torch.zeros(len(tuples), dtype=torch.int64)
         for level, size in enumerate(self.sizes):
             keys, parent = torch.unique_consecutive(parent * size + tuples[:, level], return_inverse=True)
             self._keys.append(keys.to(device))
+            _, children = torch.unique_consecutive(keys // size, return_counts=True)
+            self._most_children.append(int(children.max()) if len(children) else 0)
         self._order, self._starts = order.to(device), starts.to(device)
 
     def root(self, num_beams: int) -> Tensor:
@@ -35,8 +38,15 @@ class PrefixTrie:
     def mask(self, level: int, nodes: Tensor) -> Tensor:
         """Which codes of ``level`` may follow ``nodes [B]``: bool ``[B, K_level]``; none after a node of -1."""
         keys, size = self._keys[level], self.sizes[level]
-        wanted = nodes.unsqueeze(1) * size + torch.arange(size, device=nodes.device)
-        return self._find(keys, wanted) >= 0
+        start = (nodes * size).unsqueeze(1)
+        # The children of a node follow each other.
+        place = torch.searchsorted(keys, start) + torch.arange(
+            self._most_children[level], device=nodes.device
+        )
+        codes = keys[place.clamp_max(len(keys) - 1)] - start
+        codes = codes.where((place < len(keys)) & (codes >= 0) & (codes < size), size)
+        mask = torch.zeros(len(nodes), size + 1, dtype=torch.bool, device=nodes.device)
+        return mask.scatter_(1, codes, True)[:, :size]
 
     def step(self, level: int, nodes: Tensor, codes: Tensor) -> Tensor:
         """The nodes after ``codes [B]`` of ``level``, ``[B]`` int64; -1 where no item goes on like this."""
