@@ -3,23 +3,22 @@
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from h2rec import ops
+from h2rec._files import save_safetensors
 from h2rec.ops.vector_batches import VectorSource, vector_batches
 
 _FORMAT = "h2rec.semantic_ids"
 _VERSION = 1
-_APPEND_BATCH = 65_536
+_APPEND_BATCH = 4096
 _MAX_CODEBOOK_SIZE = 2**31 - 1
 # What safetensors itself accepts.
 _MAX_HEADER_BYTES = 100_000_000
@@ -165,13 +164,14 @@ class SemanticIds:
             )
         return torch.from_numpy(order[start:stop].copy())
 
-    def append(self, new_vectors: VectorSource, *, beam_size: int = 1) -> "SemanticIds":
+    def append(self, new_vectors: VectorSource, *, beam_size: int | None = None) -> "SemanticIds":
         """Gives new items the ids after the existing ones, whose codes stay as they are.
 
         Args:
             new_vectors: ``[M, D]``, floating point, or batches of such rows (see
                 :func:`h2rec.ops.vector_batches.vector_batches`).
-            beam_size: as in :func:`h2rec.ops.residual_quantize`; take what the catalog was encoded with.
+            beam_size: as in :func:`h2rec.ops.residual_quantize`; None takes what provenance says the catalog was
+                encoded with, or 1.
 
         Returns:
             Semantic IDs of all N + M items; provenance counts the new ones under ``appended_items``. A level that
@@ -183,10 +183,16 @@ class SemanticIds:
         if self.codebooks is None:
             raise ValueError("these SemanticIds have no codebooks, so new_vectors cannot be encoded")
         levels = self.codebooks[:-1] if self.has_counting_level else self.codebooks
-        new_codes = [
-            ops.residual_quantize(batch.cpu(), levels, beam_size=beam_size)[1]
-            for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors")
-        ]
+        dim = levels[0].shape[1]
+        if beam_size is None:
+            beam_size = int(self.provenance.get("beam_size", 1))
+        new_codes = []
+        for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors"):
+            if batch.shape[1] != dim:
+                raise ValueError(
+                    f"new_vectors must have dimension {dim}, as the codebooks have, got {batch.shape[1]}"
+                )
+            new_codes.append(ops.residual_quantize(batch.cpu(), levels, beam_size=beam_size)[1])
         codes = torch.cat([self.codes[:, : len(levels)], *new_codes])
         codebooks, sizes = self.codebooks, self.codebook_sizes
         if self.has_counting_level:
@@ -217,7 +223,6 @@ class SemanticIds:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, whole or not at all."""
-        path = Path(path)
         tensors = {"codes": self.codes}
         for level, codebook in enumerate(self.codebooks or ()):
             tensors[_codebook_name(level)] = codebook
@@ -227,13 +232,7 @@ class SemanticIds:
             "codebook_sizes": json.dumps(self.codebook_sizes),
             "provenance": json.dumps(self.provenance),
         }
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            safetensors.torch.save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        save_safetensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SemanticIds":

@@ -64,7 +64,7 @@ def test_append_keeps_published_codes_and_encodes_new_items():
     assert longer.provenance == {"method": "by hand", "appended_items": "9"}
     with pytest.raises(ValueError, match="no codebooks, so new_vectors cannot be encoded"):
         SemanticIds(CODES).append(new)
-    with pytest.raises(ValueError, match="x has dimension 3, but codebooks has 5"):
+    with pytest.raises(ValueError, match="new_vectors must have dimension 5, as the codebooks have, got 3"):
         sids.append(new[:, :3])
     with pytest.raises(ValueError, match="new_vectors must be finite, but 1 of 1 rows"):
         sids.append(torch.full((1, 5), torch.nan))

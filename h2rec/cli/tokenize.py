@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from h2rec.cli.console import errors
 from h2rec.cli.console import output as console
 from h2rec.cli.files import check_writable, write_vectors
+from h2rec.cli.tokenizing import Collisions, Method, Settings, encoder_path, judge, learn
+from h2rec.cli.tokenizing import append as append_items
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from h2rec import SemanticIds
+    from h2rec.cli.tokenizing import Vectors
+
+_VECTORS, _CODES, _COLLISIONS = "Vectors", "Codes", "Items that share a semantic ID"
+_REPORTS = (".json", ".png", ".svg", ".pdf")
+# Vectors up to this size, in fp32, are kept in memory.
+_IN_MEMORY_BYTES = 128 << 20
 
 
 def tokenize(
@@ -23,86 +32,233 @@ def tokenize(
     ] = Path("sids.safetensors"),
     items: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Items with a text: .parquet, .csv, .tsv or RecBole's .item."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_VECTORS,
+            help="Items with a text: .parquet, .csv, .tsv or RecBole's .item.",
+        ),
     ] = None,
-    item: Annotated[str, typer.Option(metavar="COLUMN", help="Column of the item ids.")] = "item_id",
+    item: Annotated[
+        str, typer.Option(metavar="COLUMN", rich_help_panel=_VECTORS, help="Column of the item ids.")
+    ] = "item_id",
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="COLUMN", help="Column of what describes an item; several are joined."),
+        typer.Option(
+            metavar="COLUMN",
+            rich_help_panel=_VECTORS,
+            help="Column of what describes an item; several are joined.",
+        ),
+    ] = None,
+    save_embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_VECTORS, help="Keep the vectors of the texts, as .npy."
+        ),
     ] = None,
     embeddings: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Content vectors instead of text, row r is item r: .npy or .safetensors."
+            metavar="FILE",
+            rich_help_panel=_VECTORS,
+            help="Content vectors instead of text, row r is item r: .npy, .safetensors or .parquet, of any size.",
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            rich_help_panel=_VECTORS,
+            show_default="the only one with lists",
+            help="Column of the vectors in a .parquet.",
+        ),
+    ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            rich_help_panel=_CODES,
+            show_default="rq-kmeans",
+            help="k-means on residuals, a residual quantizer in an autoencoder, or product quantization.",
         ),
     ] = None,
     levels: Annotated[
         int | None,
-        typer.Option(min=1, show_default="4, or one per codebook size", help="Codes of an item."),
+        typer.Option(
+            min=1,
+            rich_help_panel=_CODES,
+            show_default="4, or one per codebook size",
+            help="Codes of an item.",
+        ),
     ] = None,
     codebook_size: Annotated[
-        str,
-        typer.Option(metavar="SIZE", help="Codewords of a level; or one number per level: 128,256,256,256."),
-    ] = "256",
-    iterations: Annotated[int, typer.Option(min=1, help="Most k-means steps of a level.")] = 25,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same codes.")] = 0,
-    save_embeddings: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep the vectors of the texts, as .npy.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=_CODES,
+            show_default="256",
+            help="Codewords of a level; or one number per level: 128,256,256,256.",
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_CODES,
+            show_default="25 (rq-vae: 20)",
+            help="Most k-means steps of a level; epochs of rq-vae.",
+        ),
+    ] = None,
+    mini_batch: Annotated[
+        bool,
+        typer.Option(
+            "--mini-batch",
+            rich_help_panel=_CODES,
+            help="k-means that moves after each batch: --iterations 8 do, which large catalogs will like.",
+        ),
+    ] = False,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            rich_help_panel=_CODES,
+            show_default="0",
+            help="Price of crowded codewords in k-means; 0.5 makes them clearly more even.",
+        ),
+    ] = None,
+    beam_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_CODES,
+            show_default="1",
+            help="Candidates that are kept per level while codes are chosen: slower, more exact.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, rich_help_panel=_CODES, show_default="0", help="The same seed gives the same codes."
+        ),
+    ] = None,
+    collisions: Annotated[
+        Collisions | None,
+        typer.Option(
+            rich_help_panel=_COLLISIONS,
+            show_default="keep",
+            help="Move some to the next best last code, or number them at one more level.",
+        ),
+    ] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_COLLISIONS,
+            show_default="1",
+            help="Items that may share one, with --collisions next-best.",
+        ),
+    ] = None,
+    append: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Semantic IDs that stay as they are; the vectors are those of new items, which get the next rows.",
+        ),
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Write the quality report, too: .json, .png, .svg or .pdf; may be repeated."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
     """Turn a catalog into semantic IDs, from texts or from content vectors.
 
-    Item r of the result is row r of the items, or of the vectors.
+    Item r of the result is row r of the items, or of the vectors. Interrupted, the same command goes on where it was.
 
     Example:
 
     \b
         h2rec tokenize --items items.csv --item asin --text title --text category
         h2rec tokenize --embeddings vectors.npy --levels 3 --codebook-size 512
+        h2rec tokenize --embeddings vectors.npy --collisions next-best --report quality.png
+        h2rec tokenize --embeddings new.npy --append sids.safetensors -o longer.safetensors
     """
-    for file in filter(None, (output, save_embeddings)):
+    learning = {
+        "--method": method,
+        "--levels": levels,
+        "--codebook-size": codebook_size,
+        "--iterations": iterations,
+        "--mini-batch": mini_batch or None,
+        "--balance": balance,
+        "--beam-size": beam_size,
+        "--seed": seed,
+        "--collisions": collisions,
+        "--capacity": capacity,
+    }
+    given = [name for name, value in learning.items() if value is not None]
+    if append is not None and given:
+        raise ValueError(
+            f"{given[0]} does not go with --append: new items get codes as the published ones did"
+        )
+    if capacity is not None and collisions is not Collisions.NEXT_BEST:
+        raise ValueError("--capacity goes with --collisions next-best")
+    if save_embeddings is not None and not text:
+        raise ValueError("--save-embeddings keeps the vectors of --text, which is missing")
+    settings = Settings(
+        method or Method.RQ_KMEANS,
+        _codebook_sizes(codebook_size or "256", levels),
+        iterations,
+        mini_batch,
+        balance or 0.0,
+        beam_size or 1,
+        seed or 0,
+        collisions or Collisions.KEEP,
+        capacity or 1,
+    )
+    reports = report or []
+    for file in reports:
+        if file.suffix.lower() not in _REPORTS:
+            raise ValueError(f"--report: expected one of {', '.join(_REPORTS)}, got {file}")
+    encoder = encoder_path(output)
+    for file in filter(None, (output, save_embeddings, *reports)):
         check_writable(file, force)
-    sizes = _codebook_sizes(codebook_size, levels)
-    vectors = _read_vectors(items, item, text, embeddings)
+    if settings.method is Method.RQ_VAE:
+        check_writable(encoder, force)
+    vectors = _read_vectors(items, item, text, embeddings, column)
     if save_embeddings is not None:
         write_vectors(vectors, save_embeddings)
-    make_semantic_ids(vectors, sizes, output, iterations=iterations, seed=seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(output) as folder:
+        made = append_items(append, vectors) if append is not None else learn(vectors, settings, folder)
+        judge(made, reports)
+        if made.encoder is not None:
+            made.encoder.save(encoder)
+        made.sids.save(output)
+    console.print(f"\nSemantic IDs are in [bold]{output}[/]", highlight=False)
+    if made.encoder is not None:
+        console.print(f"New items will need [bold]{encoder}[/]", highlight=False)
 
 
-def make_semantic_ids(
-    vectors: np.ndarray, sizes: list[int], path: Path, *, iterations: int = 25, seed: int = 0
-) -> SemanticIds:
-    """Learns semantic IDs, with a progress bar, saves them and says how well they tell the items apart."""
-    from h2rec.tokenizers import RQKMeans
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """The folder beside ``output`` where an interrupted command left its work; deleted in the end."""
+    from h2rec.tokenizers import remove_checkpoints
 
-    tokenizer = RQKMeans(len(sizes), sizes, num_iters=iterations, seed=seed)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[error]}"),
-        console=console,
-    ) as progress:
-        task = progress.add_task("k-means", total=len(sizes) * iterations, error="")
-
-        def show(level: int, step: int, error: float) -> None:
-            progress.update(
-                task,
-                completed=level * iterations + step + 1,
-                description=f"level {level + 1} of {len(sizes)}",
-                error=f"mean squared distance {error:.4g}",
+    folder = output.with_name(f"{output.name}.unfinished")
+    try:
+        yield folder
+    except (KeyboardInterrupt, OSError):
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+        elif folder.exists():
+            errors.print(
+                f"The same command goes on with what is in {folder}", highlight=False, soft_wrap=True
             )
-
-        tokenizer.fit(vectors, progress=show)
-        progress.update(task, completed=len(sizes) * iterations)
-    sids = tokenizer.tokenize(vectors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sids.save(path)
-    console.print(sids.stats().table(), highlight=False)
-    console.print(f"\nSemantic IDs are in [bold]{path}[/]", highlight=False)
-    return sids
+        raise
+    except BaseException:
+        remove_checkpoints(folder)
+        raise
+    remove_checkpoints(folder)
 
 
 def embed(texts: list[str]) -> np.ndarray:
@@ -114,9 +270,12 @@ def embed(texts: list[str]) -> np.ndarray:
 
 
 def _read_vectors(
-    items: Path | None, item: str, text: list[str] | None, embeddings: Path | None
-) -> np.ndarray:
+    items: Path | None, item: str, text: list[str] | None, embeddings: Path | None, column: str | None
+) -> Vectors:
+    import torch
+
     from h2rec import data
+    from h2rec.tokenizers import open_vectors
 
     if (embeddings is None) == (not text):
         raise ValueError("tokenize needs either --items with --text, or --embeddings")
@@ -124,8 +283,14 @@ def _read_vectors(
         if items is None:
             raise ValueError("--text names a column of --items, which is missing")
         return embed(data.read_items(items, item=item, text=text).texts)
-    num_items = None if items is None else data.read_items(items, item=item).num_items
-    return data.read_embeddings(embeddings, num_items=num_items)
+    vectors = open_vectors(embeddings, column=column)
+    if items is not None and (num_items := data.read_items(items, item=item).num_items) != len(vectors):
+        raise ValueError(
+            f"{embeddings}: expected {num_items} rows, one per item of {items}, got {len(vectors)}"
+        )
+    if 4 * len(vectors) * vectors.shape[1] > _IN_MEMORY_BYTES:
+        return vectors
+    return torch.cat(list(vectors()))
 
 
 def _codebook_sizes(sizes: str, levels: int | None) -> list[int]:

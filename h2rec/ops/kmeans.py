@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from h2rec.ops.residual_quantize import residual_quantize
-from h2rec.ops.vector_batches import VectorSource, vector_batches
+from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 
 # Rows of the sample that a level starts from, and of those that k-means++ draws from, for each codeword.
 _SAMPLE_ROWS = 64
@@ -32,6 +32,8 @@ def fit_codebooks(
     mini_batch: bool = False,
     balance: float = 0.0,
     progress: Progress | None = None,
+    first: Sequence[Tensor] = (),
+    on_level: Callable[[list[Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """Codebooks by k-means on what the levels before left over.
 
@@ -50,13 +52,17 @@ def fit_codebooks(
         balance: price of a crowded codeword, in mean squared distances for each multiple of its fair share; 0 is plain
             k-means. Prices change which vectors form a mean, never which codeword is nearest to a vector.
         progress: called after each pass with the level, the step and the mean squared distance.
+        first: codebooks of the first levels, if these are known: the others become what they would have become.
+        on_level: called with the codebooks so far after each level.
 
     Returns:
         One ``[K_l, D]`` fp32 tensor per level.
 
     Raises:
         ValueError: a size or an option is wrong, there are fewer vectors than codewords, or rows are not finite.
+        TypeError: vectors can be read only once.
     """
+    check_repeatable(vectors)
     sizes = list(sizes)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes must be positive, one for each level, got {sizes}")
@@ -71,10 +77,12 @@ def fit_codebooks(
         raise ValueError(
             f"vectors must have at least as many rows as a level has codewords, {max(sizes)}, got {residuals.num_rows}"
         )
-    generator = torch.Generator().manual_seed(seed)
     num_start_steps = num_iters // 2
     step = _mini_batch_step if mini_batch else _lloyd_step
-    for level, size in enumerate(sizes):
+    for codebook in first:
+        residuals.advance(codebook)
+    for level, size in enumerate(sizes[len(first) :], len(first)):
+        generator = torch.Generator().manual_seed(seed * len(sizes) + level)
         codebook = _start(residuals.sample(size * _SAMPLE_ROWS, generator), size, num_start_steps, generator)
         prices, previous = None, None
         for index in range(num_start_steps, num_iters):
@@ -91,6 +99,8 @@ def fit_codebooks(
                 break
             previous = error
         residuals.advance(codebook)
+        if on_level is not None:
+            on_level(residuals.codebooks)
     return residuals.codebooks
 
 

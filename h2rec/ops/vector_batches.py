@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VectorSource = Tensor | np.ndarray | Callable[[], Iterable[Tensor | np.ndarray]]
+_Batches = Iterable[Tensor | np.ndarray]
+VectorSource = Tensor | np.ndarray | _Batches | Callable[[], _Batches]
 
 _NAMED_ROWS = 5
 
@@ -15,8 +16,9 @@ def vector_batches(vectors: VectorSource, batch_size: int, *, name: str = "vecto
     """Goes through the rows of ``vectors`` in order.
 
     Args:
-        vectors: ``[N, D]`` floating point, or a function without arguments whose result yields such batches of any
-            size; the rows are dealt out anew, so that the source's own batches make no difference.
+        vectors: ``[N, D]`` floating point; or a collection or iterator of such batches of any size, or a function
+            without arguments that returns one; the rows are dealt out anew, so that the source's own batches make no
+            difference.
         batch_size: rows of each batch but the last.
         name: what errors call the vectors.
 
@@ -26,7 +28,7 @@ def vector_batches(vectors: VectorSource, batch_size: int, *, name: str = "vecto
     Raises:
         ValueError: a shape is wrong; or, after the last batch, rows were not finite in fp32 (they were yielded as
             zeros): their count and the first of them.
-        TypeError: no tensor, array or function, or a dtype is not floating point.
+        TypeError: nothing of that kind, or a dtype is not floating point.
     """
     start, num_bad, first_bad = 0, 0, []
     for batch in _deal_out(vectors, batch_size, name):
@@ -45,21 +47,30 @@ def vector_batches(vectors: VectorSource, batch_size: int, *, name: str = "vecto
         )
 
 
+def check_repeatable(vectors: VectorSource, name: str = "vectors") -> None:
+    """Refuses what gives its rows only once, where they are needed again and again."""
+    if isinstance(vectors, Iterator):
+        raise TypeError(
+            f"{name} are read several times, but an iterator gives them once: pass a list of batches, or a function "
+            f"that returns an iterator, got {type(vectors).__name__}"
+        )
+
+
 def _deal_out(vectors: VectorSource, batch_size: int, name: str) -> Iterator[Tensor]:
     if isinstance(vectors, Tensor | np.ndarray):
         _check(vectors, name)
         for start in range(0, len(vectors), batch_size):
             yield _to_float32(vectors[start : start + batch_size])
         return
-    if not callable(vectors):
+    if not callable(vectors) and not isinstance(vectors, Iterable):
         raise TypeError(
-            f"{name} must be a tensor, an array, or a function that returns an iterator of batches, "
+            f"{name} must be a tensor, an array, batches, or a function that returns an iterator of batches, "
             f"got {type(vectors).__name__}"
         )
     waiting: list[Tensor] = []
     num_waiting = 0
     dim = None
-    for batch in vectors():
+    for batch in vectors() if callable(vectors) else vectors:
         _check(batch, name)
         if dim is not None and batch.shape[1] != dim:
             raise ValueError(f"{name} must have one dimension, got batches of {dim} and of {batch.shape[1]}")

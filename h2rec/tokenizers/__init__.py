@@ -1,6 +1,7 @@
 """Learning semantic IDs from content vectors, telling them apart, and finding items by them."""
 
 from h2rec.tokenizers._encode import EncodeProgress
+from h2rec.tokenizers.checkpoint import remove_checkpoints
 from h2rec.tokenizers.collisions import Resolution, add_level, resolve_collisions
 from h2rec.tokenizers.prefix_trie import PrefixTrie
 from h2rec.tokenizers.product_quantizer import ProductQuantizer
@@ -22,5 +23,6 @@ __all__ = [
     "add_level",
     "open_vectors",
     "quality_report",
+    "remove_checkpoints",
     "resolve_collisions",
 ]

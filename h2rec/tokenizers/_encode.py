@@ -1,8 +1,9 @@
 """What tokenizers share: sizes, and codes of any source of vectors, batch by batch."""
 
 import json
+import os
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from h2rec import ops
 from h2rec._version import __version__
 from h2rec.ops.vector_batches import VectorSource, vector_batches
 from h2rec.semantic_ids import SemanticIds
+from h2rec.tokenizers.checkpoint import Checkpoint, digest
 
 # Batches of tens of megabytes leave holes in the heap that add up to hundreds.
 _MOST_ROWS = 4096
@@ -42,6 +44,16 @@ def level_sizes(
     return tuple(sizes)
 
 
+def num_rows(vectors: VectorSource) -> int | None:
+    """How many rows there will be, where that is known; the length of a collection is that of its batches."""
+    if not isinstance(vectors, Tensor | np.ndarray) and not callable(vectors):
+        return None
+    try:
+        return len(vectors)
+    except TypeError:
+        return None
+
+
 def encode(
     codebooks: Sequence[Tensor] | None,
     vectors: VectorSource,
@@ -50,21 +62,44 @@ def encode(
     beam_size: int = 1,
     provenance: dict[str, object],
     progress: OnEncode | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    origin: tuple[object, VectorSource] | None = None,
 ) -> SemanticIds:
-    """Semantic IDs of ``vectors [N, D]``; of the vectors, one batch is in memory."""
+    """Semantic IDs of ``vectors [N, D]``; of the vectors, one batch is in memory.
+
+    With a ``folder``, codes are kept there batch by batch. ``origin`` is what the vectors are computed from, and by
+    what; None if they are what the user gave.
+    """
     if codebooks is None:
         raise RuntimeError("fit must be called before tokenize")
-    total = len(vectors) if isinstance(vectors, Sized) else None
+    dim, batch_size = codebooks[0].shape[1], min(batch_size, _MOST_ROWS)
+    row_bytes = 4 * len(codebooks)
+    total = num_rows(vectors)
+    checkpoint = None
+    if folder is not None:
+        transform, vectors_given = origin or ("", vectors)
+        settings = [digest(codebooks), beam_size, batch_size, transform]
+        checkpoint = Checkpoint(folder, "codes", settings, vectors_given)
     # One buffer that grows: tensors kept from each batch would pin the heap between the batches' own.
-    started, done, codes = time.perf_counter(), 0, bytearray()
-    for batch in vector_batches(vectors, min(batch_size, _MOST_ROWS)):
-        codes += ops.residual_quantize(batch, codebooks, beam_size=beam_size)[1].cpu().numpy().tobytes()
+    codes = bytearray(checkpoint.read_blocks(batch_size * row_bytes) if checkpoint else b"")
+    resumed = len(codes) // row_bytes
+    started, done = time.perf_counter(), 0
+    for batch in vector_batches(vectors, batch_size):
+        if batch.shape[1] != dim:
+            raise ValueError(
+                f"vectors must have dimension {dim}, as the codebooks have, got {batch.shape[1]}"
+            )
         done += len(batch)
+        if done > resumed:
+            block = ops.residual_quantize(batch, codebooks, beam_size=beam_size)[1].cpu().numpy().tobytes()
+            codes += block
+            if checkpoint is not None:
+                checkpoint.append(block)
         if progress is not None:
             rate = done / max(time.perf_counter() - started, 1e-9)
             progress(EncodeProgress(done, total, rate, None if total is None else (total - done) / rate))
     sizes = [len(codebook) for codebook in codebooks]
-    provenance = {"h2rec": __version__, "dim": codebooks[0].shape[1], **provenance, "beam_size": beam_size}
+    provenance = {"h2rec": __version__, "dim": dim, **provenance, "beam_size": beam_size}
     return SemanticIds(
         np.frombuffer(codes, dtype=np.int32).reshape(-1, len(sizes)),
         codebook_sizes=sizes,

@@ -1,5 +1,6 @@
 """Product quantization: each code stands for a part of the vector of its own."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor
 
 from h2rec.ops.kmeans import Progress, fit_codebooks
-from h2rec.ops.vector_batches import VectorSource, vector_batches
+from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers._encode import OnEncode, encode, level_sizes
+from h2rec.tokenizers.checkpoint import Checkpoint
 
 
 class ProductQuantizer:
@@ -43,15 +45,28 @@ class ProductQuantizer:
         self.batch_size = batch_size
         self.codebooks: list[Tensor] | None = None
 
-    def fit(self, vectors: VectorSource, progress: Progress | None = None) -> "ProductQuantizer":
-        """Learns the codebooks; errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`."""
+    def fit(
+        self,
+        vectors: VectorSource,
+        progress: Progress | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> "ProductQuantizer":
+        """Learns the codebooks; errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`.
+
+        Args:
+            checkpoint: a folder, as in :meth:`h2rec.tokenizers.RQKMeans.fit`; each part is kept when it is done.
+        """
+        check_repeatable(vectors)
         dim = _dim(vectors, self.batch_size)
         num_parts = len(self.codebook_sizes)
         if dim < num_parts:
             raise ValueError(f"vectors must have at least num_parts = {num_parts} dimensions, got {dim}")
         edges = [part * dim // num_parts for part in range(num_parts + 1)]
-        codebooks = []
-        for part, size in enumerate(self.codebook_sizes):
+        kept = None
+        if checkpoint is not None:
+            kept = Checkpoint(checkpoint, "fit", [self._settings(), self.batch_size], vectors)
+        codebooks = kept.load_list() if kept else []
+        for part in range(len(codebooks), num_parts):
             columns = slice(edges[part], edges[part + 1])
 
             def show(_level: int, step: int, error: float, part: int = part) -> None:
@@ -60,27 +75,41 @@ class ProductQuantizer:
 
             (narrow,) = fit_codebooks(
                 _columns(vectors, columns, self.batch_size),
-                [size],
+                [self.codebook_sizes[part]],
                 num_iters=self.num_iters,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 progress=show,
             )
             codebooks.append(torch.nn.functional.pad(narrow, (columns.start, dim - columns.stop)))
+            if kept is not None:
+                kept.save_list(codebooks)
         self.codebooks = codebooks
         return self
 
-    def tokenize(self, vectors: VectorSource, progress: OnEncode | None = None) -> SemanticIds:
-        """The semantic IDs of ``vectors [N, D]``; errors are those of :meth:`h2rec.tokenizers.RQKMeans.tokenize`."""
-        provenance = {
+    def tokenize(
+        self,
+        vectors: VectorSource,
+        progress: OnEncode | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> SemanticIds:
+        """The semantic IDs of ``vectors [N, D]``; see :meth:`h2rec.tokenizers.RQKMeans.tokenize`."""
+        return encode(
+            self.codebooks,
+            vectors,
+            batch_size=self.batch_size,
+            provenance=self._settings(),
+            progress=progress,
+            folder=checkpoint,
+        )
+
+    def _settings(self) -> dict[str, object]:
+        return {
             "method": "PQ",
             "num_iters": self.num_iters,
             "seed": self.seed,
             "codebook_sizes": self.codebook_sizes,
         }
-        return encode(
-            self.codebooks, vectors, batch_size=self.batch_size, provenance=provenance, progress=progress
-        )
 
 
 def _dim(vectors: VectorSource, batch_size: int) -> int:

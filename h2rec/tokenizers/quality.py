@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from h2rec._files import replacing
 from h2rec.ops.vector_batches import VectorSource, vector_batches
 from h2rec.semantic_ids import SemanticIds, SemanticIdStats
 
@@ -64,6 +64,15 @@ class QualityReport:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes :meth:`to_json` if ``path`` ends in ``.json``, else :meth:`plot`; whole or not at all."""
+        path = Path(path)
+        if path.suffix.lower() != ".json":
+            self.plot(path)
+            return
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+
     def plot(self, path: str | os.PathLike) -> None:
         """Draws the use of each level's codes, most used first; the suffix of ``path`` says the format.
 
@@ -92,13 +101,8 @@ class QualityReport:
             f"collision rate {self.stats.collision_rate:.1%}"
         )
         axes.legend(frameon=False)
-        path = Path(path)
-        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-        try:
+        with replacing(Path(path)) as temporary:
             figure.savefig(temporary, dpi=150)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def quality_report(sids: SemanticIds, vectors: VectorSource | None = None) -> QualityReport:

@@ -1,5 +1,6 @@
 """RQ-KMeans: semantic IDs by k-means on residuals."""
 
+import os
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from h2rec.ops.kmeans import Progress, fit_codebooks
 from h2rec.ops.vector_batches import VectorSource
 from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers._encode import OnEncode, encode, level_sizes
+from h2rec.tokenizers.checkpoint import Checkpoint
 
 
 class RQKMeans:
@@ -44,8 +46,21 @@ class RQKMeans:
         self.balance = balance
         self.codebooks: list[Tensor] | None = None
 
-    def fit(self, vectors: VectorSource, progress: Progress | None = None) -> "RQKMeans":
-        """Learns the codebooks; arguments and errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`."""
+    def fit(
+        self,
+        vectors: VectorSource,
+        progress: Progress | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> "RQKMeans":
+        """Learns the codebooks; arguments and errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`.
+
+        Args:
+            checkpoint: a folder, where each level is kept when it is done. Called again with the same settings and
+                vectors after an interruption, ``fit`` goes on there, and ends where it would have ended.
+        """
+        kept = None
+        if checkpoint is not None:
+            kept = Checkpoint(checkpoint, "fit", [self._settings(), self.batch_size], vectors)
         self.codebooks = fit_codebooks(
             vectors,
             self.codebook_sizes,
@@ -55,21 +70,41 @@ class RQKMeans:
             mini_batch=self.mini_batch,
             balance=self.balance,
             progress=progress,
+            first=kept.load_list() if kept else (),
+            on_level=kept.save_list if kept else None,
         )
         return self
 
     def tokenize(
-        self, vectors: VectorSource, beam_size: int = 1, progress: OnEncode | None = None
+        self,
+        vectors: VectorSource,
+        beam_size: int = 1,
+        progress: OnEncode | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> SemanticIds:
         """The semantic IDs of ``vectors [N, D]``, with the codebooks and how they were made.
 
-        ``progress`` is called after each batch with an :class:`h2rec.tokenizers.EncodeProgress`.
+        Args:
+            beam_size: as in :func:`h2rec.ops.residual_quantize`.
+            progress: called after each batch with an :class:`h2rec.tokenizers.EncodeProgress`.
+            checkpoint: as in :meth:`fit`; the codes of each batch are kept.
 
         Raises:
             RuntimeError: before :meth:`fit`.
             ValueError: the dimension is another one, or rows are not finite.
         """
-        provenance = {
+        return encode(
+            self.codebooks,
+            vectors,
+            batch_size=self.batch_size,
+            beam_size=beam_size,
+            provenance=self._settings(),
+            progress=progress,
+            folder=checkpoint,
+        )
+
+    def _settings(self) -> dict[str, object]:
+        return {
             "method": "RQ-KMeans",
             "num_iters": self.num_iters,
             "seed": self.seed,
@@ -77,11 +112,3 @@ class RQKMeans:
             "balance": self.balance,
             "codebook_sizes": self.codebook_sizes,
         }
-        return encode(
-            self.codebooks,
-            vectors,
-            batch_size=self.batch_size,
-            beam_size=beam_size,
-            provenance=provenance,
-            progress=progress,
-        )

@@ -70,5 +70,5 @@ def test_tokenize_before_fit(vectors):
 
 def test_vectors_of_another_dimension(vectors):
     tokenizer = RQKMeans(2, 4, num_iters=1).fit(vectors)
-    with pytest.raises(ValueError, match="x has dimension 3, but codebooks has 6"):
+    with pytest.raises(ValueError, match="vectors must have dimension 6, as the codebooks have, got 3"):
         tokenizer.tokenize(vectors[:, :3])

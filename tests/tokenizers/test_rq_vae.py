@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 import torch.multiprocessing as mp
 
@@ -82,30 +83,70 @@ def test_sinkhorn_loads_codewords_evenly():
     assert torch.bincount(plan.argmax(1), minlength=8).max() < 0.6 * before
 
 
+def test_save_and_load(vectors, tmp_path):
+    model = make(codebooks="gradient", hidden=(20, 10)).fit(vectors, num_epochs=1)
+    model.save(tmp_path / "model.safetensors")
+    loaded = RQVAE.load(tmp_path / "model.safetensors")
+    assert loaded.tokenize(vectors) == model.tokenize(vectors)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole file of an RQ-VAE"):
+        RQVAE.load(tmp_path / "model.safetensors")
+    safetensors.torch.save_file({"x": vectors}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors: not the weights of an RQ-VAE"):
+        RQVAE.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("codebooks", ["ema", "gradient"])
+def test_codewords_that_nobody_chooses_become_rows_of_the_batch(vectors, codebooks):
+    model = make(codebooks=codebooks)
+    model.quantizer.ema_decay = 0.5
+    words = model.quantizer.packed_codebooks if codebooks == "ema" else model.codewords.data
+    words[5:16] = 1e3  # out of reach
+    for _ in range(5):
+        model(vectors[:50])
+    latents = model.encoder(vectors[:50])
+    for word in model.codebooks[0][5:]:
+        assert torch.cdist(word[None], latents).min() < 1
+    words[5:16] = 1e3
+    model.eval()(vectors[:50])
+    assert (words[5:16] == 1e3).all()
+
+
 def _train_a_rank(rank, folder, codebooks):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        x = torch.randn(300, 12, generator=torch.Generator().manual_seed(rank))
+        x = torch.randn(300 - 95 * rank, 12, generator=torch.Generator().manual_seed(rank))
         model = make(codebooks=codebooks)
         model.start_codebooks(x)
+        words = model.quantizer.packed_codebooks if codebooks == "ema" else model.codewords.data
+        words[3:9] = 1e3  # out of reach, so that ranks have to agree on what takes their place
+        model.quantizer.ema_decay = 0.5
+        torch.manual_seed(rank)
         parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for batch in x.split(60):
+        for batch in x.split(60 - 19 * rank):
             optimizer.zero_grad()
             parallel(batch)[2].backward()
             optimizer.step()
         torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+        error, message = [(ValueError, "as many rows"), (RuntimeError, "rank 0 could not start")][rank]
+        with pytest.raises(error, match=message):
+            model.start_codebooks(x[:3])
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("codebooks", ["ema", "gradient"])
-def test_ranks_keep_equal_models(tmp_path, codebooks):
+def test_ranks_with_uneven_batches_keep_equal_models(tmp_path, codebooks):
     mp.spawn(_train_a_rank, (str(tmp_path), codebooks), nprocs=2)
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, msg=name)
+        assert torch.equal(states[1][name], value), name
+    words = states[0]["quantizer.packed_codebooks" if codebooks == "ema" else "codewords"]
+    assert words.abs().max() < 100
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""What a tokenizer has got so far, kept in a folder, so that it goes on there after an interruption."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from h2rec._files import save_safetensors, writing
+from h2rec._version import __version__
+from h2rec.ops.vector_batches import VectorSource, check_repeatable
+from h2rec.tokenizers.vector_files import VectorFile
+
+_BLOCK_ROWS = 65_536
+_STAGES = ("fit", "codes")
+
+
+class Checkpoint:
+    """One file of intermediate results of one stage. The settings and the vectors are part of its name.
+
+    What is there for other settings or vectors is not found, and deleted by the first :meth:`save`.
+
+    Args:
+        folder: made when there is something to keep.
+        stage: ``"fit"`` or ``"codes"``.
+        settings: whatever the results depend on, besides the vectors: JSON.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], stage: str, settings: object, vectors: VectorSource
+    ) -> None:
+        check_repeatable(vectors)
+        key = json.dumps([__version__, settings, _fingerprint(vectors)])
+        self.folder, self.stage = Path(folder), stage
+        self.path = self.folder / f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def load(self) -> dict[str, Tensor]:
+        """What was kept last; nothing before the first time."""
+        try:
+            return safetensors.torch.load_file(self.path)
+        except (FileNotFoundError, safetensors.SafetensorError):
+            return {}
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        self._start()
+        save_safetensors(self.path, tensors, {})
+
+    def load_list(self) -> list[Tensor]:
+        """What :meth:`save_list` kept."""
+        tensors = self.load()
+        return [tensors[str(index)] for index in range(len(tensors))]
+
+    def save_list(self, tensors: Sequence[Tensor]) -> None:
+        self.save({str(index): tensor.contiguous() for index, tensor in enumerate(tensors)})
+
+    def read_blocks(self, size: int) -> bytes:
+        """What :meth:`append` wrote in blocks of ``size`` bytes, without one that was cut off at the end."""
+        try:
+            os.truncate(self.path, self.path.stat().st_size // size * size)
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def append(self, block: bytes) -> None:
+        if not self.path.exists():
+            self._start()
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(block)
+
+    def _start(self) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for other in self.folder.glob(f"{self.stage}-*"):
+            if other != self.path:
+                other.unlink()
+
+
+def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
+    """Deletes what tokenizers kept in ``folder``, and the folder if nothing else is in it."""
+    folder = Path(folder)
+    for stage in _STAGES:
+        for file in folder.glob(f"{stage}-*"):
+            file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def digest(arrays: Iterable[Tensor | np.ndarray]) -> str:
+    """Equal for equal tensors or arrays ``[N, *]`` only."""
+    hashed = hashlib.sha256()
+    for array in arrays:
+        hashed.update(f"{array.dtype} {list(array.shape)}".encode())
+        for start in range(0, len(array), _BLOCK_ROWS):
+            block = array[start : start + _BLOCK_ROWS]
+            if isinstance(block, Tensor):
+                block = block.detach().cpu().contiguous().view(torch.uint8).numpy()
+            hashed.update(np.ascontiguousarray(block))
+    return hashed.hexdigest()
+
+
+def _fingerprint(vectors: VectorSource) -> list[object]:
+    """What tells these vectors from others: of a file name, size and time of change; of a function its first batch."""
+    if isinstance(vectors, VectorFile):
+        return [str(vectors.path.resolve()), *vectors.shape, *vectors.version]
+    if not isinstance(vectors, Tensor | np.ndarray):
+        vectors = next(iter(vectors() if callable(vectors) else vectors), np.zeros(0, np.float32))
+    return [digest([vectors])]
