@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _BATCH_BYTES = 4 << 20
+# Of a slice of a parquet file, in fp32: small ones cost nearly as much as large ones.
+_SLICE_BYTES = 32 << 20
 _SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -173,11 +175,14 @@ def _parquet(path: Path, column: str | None) -> tuple[tuple[int, int], Callable[
     dim = len(first.item()) if num_rows else 0
     if dim == 0:
         raise ValueError(f"{path}: expected rows with numbers in column {name!r}, got none")
-    step = max(1, _BATCH_BYTES // (4 * dim))
+    step = max(1, _SLICE_BYTES // (4 * dim))
 
     def read() -> Iterator[Tensor]:
         for start in range(0, num_rows, step):
-            rows = frame.select(pl.col(name)).slice(start, step).collect().get_column(name)
+            try:
+                rows = frame.select(pl.col(name)).slice(start, step).collect().get_column(name)
+            except pl.exceptions.PolarsError as error:
+                raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
             if (
                 rows.null_count()
                 or (rows.list.len() if isinstance(rows.dtype, pl.List) else rows.arr.len()).ne(dim).any()

@@ -28,6 +28,7 @@ WRITERS = {".npy": as_npy, ".safetensors": as_safetensors, ".parquet": as_parque
 @pytest.fixture(params=WRITERS)
 def path(request, tmp_path, monkeypatch):
     monkeypatch.setattr(vector_files, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(vector_files, "_SLICE_BYTES", 1000)
     path = tmp_path / f"x{request.param}"
     WRITERS[request.param](path, X)
     return path
@@ -132,6 +133,22 @@ def test_uneven_rows(tmp_path):
     pl.DataFrame({"a": [[1.0, 2.0], [3.0]]}).write_parquet(path)
     with pytest.raises(ValueError, match="expected 2 numbers in every row of column 'a'"):
         read(open_vectors(path))
+
+
+@pytest.mark.parametrize("missing", ["middle", "file"])
+def test_a_parquet_file_that_is_damaged_behind_its_footer(tmp_path, missing):
+    path = tmp_path / "x.parquet"
+    pl.DataFrame({"a": X.tolist()}).write_parquet(path, row_group_size=100)
+    source = open_vectors(path)
+    if missing == "middle":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+        path.write_bytes(content)
+        source = open_vectors(path)
+    else:
+        path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"x\.parquet"):
+        read(source)
 
 
 def test_wrong_arguments(tmp_path):
