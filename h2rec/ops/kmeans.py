@@ -1,6 +1,7 @@
 """K-means on residuals, level by level: codebooks for residual quantization, learned from batches of vectors."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def fit_codebooks(
     step, which costs little and ends in a better minimum; the second half sees every vector whole. A codeword
     without vectors splits one of those with the largest error. A tensor or array in memory costs one copy in fp32; a
     memory map or a stream costs nothing of its size, and is read again for each step. The result depends on the seed,
-    not on the number of threads, as long as the matrix product does not.
+    not on the number of threads.
 
     Args:
         vectors: ``[N, D]``, or a function that returns batches of such rows, see
@@ -174,10 +175,25 @@ def _leading_directions(sample: Tensor, width: int, generator: torch.Generator) 
     centred = sample - sample.mean(0)
     basis = torch.randn(sample.shape[1], width, generator=generator).to(sample.device)
     for _ in range(2):
-        basis, _ = torch.linalg.qr(centred.T @ (centred @ basis))
+        product = centred.T @ (centred @ basis)
+        with _one_thread():
+            basis, _ = torch.linalg.qr(product)
     within = centred @ basis
-    _, turned = torch.linalg.eigh(within.T @ within)
+    product = within.T @ within
+    with _one_thread():
+        _, turned = torch.linalg.eigh(product)
     return basis @ turned.flip(1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For decompositions of small matrices, whose last bits LAPACK makes depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _plus_plus(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:

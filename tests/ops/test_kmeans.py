@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from h2rec.ops.kmeans import _lloyd_step, fit_codebooks
+from h2rec.ops.kmeans import _leading_directions, _lloyd_step, fit_codebooks
 
 
 def clustered(num_rows=500, num_clusters=8, dim=5, spread=0.01, seed=0):
@@ -87,18 +87,36 @@ def test_memory_stream_and_memory_map_agree(tmp_path):
             torch.testing.assert_close(actual, expected)
 
 
-def test_seed_decides_and_threads_do_not(device):
-    x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0)).to(device)
+@pytest.fixture
+def set_threads():
     before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("options", [{}, {"mini_batch": True, "balance": 0.5}], ids=["lloyd", "mini-batch"])
+def test_seed_decides_and_threads_do_not(device, options, set_threads):
+    x = torch.randn(5000, 384, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 385) ** -0.5
+    x = x.to(device)
     books = []
-    try:
-        for threads, seed in ((1, 0), (2, 0), (2, 1)):
-            torch.set_num_threads(threads)
-            books.append(fit_codebooks(x, [16], seed=seed, num_iters=5)[0])
-    finally:
-        torch.set_num_threads(before)
+    for threads, seed in ((1, 0), (2, 0), (8, 0), (2, 1)):
+        set_threads(threads)
+        books.append(torch.cat(fit_codebooks(x, [64, 16], seed=seed, num_iters=6, batch_size=2048, **options)))
     assert torch.equal(books[0], books[1])
-    assert not torch.equal(books[1], books[2])
+    assert torch.equal(books[0], books[2])
+    assert not torch.equal(books[1], books[3])
+
+
+def test_leading_directions_do_not_depend_on_threads(device, set_threads):
+    """Their last bits seldom change a codeword, so that the test above would seldom notice."""
+    x = torch.randn(5000, 384, generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    for threads in (1, 2, 8):
+        set_threads(threads)
+        found.append(_leading_directions(x, 64, torch.Generator().manual_seed(0)))
+        assert torch.get_num_threads() == threads
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize(
