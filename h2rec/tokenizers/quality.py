@@ -74,7 +74,7 @@ class QualityReport:
             temporary.write_text(self.to_json() + "\n", encoding="utf-8")
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draws the use of each level's codes, most used first; the suffix of ``path`` says the format.
+        """Draws the use of each level's codes and the load of prefixes; the suffix of ``path`` says the format.
 
         Raises:
             ImportError: matplotlib is missing (``pip install h2rec[train]``).
@@ -83,24 +83,25 @@ class QualityReport:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("plot needs matplotlib: pip install h2rec[train]") from error
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(
-            xlabel="codes of a level, most used first (share)", ylabel="items of a code / mean"
-        )
-        for level, counts in enumerate(self.code_counts):
-            ordered = np.sort(counts)[::-1]
-            places = (np.arange(len(ordered)) + 0.5) / len(ordered)
-            axes.plot(
-                places,
-                ordered / max(ordered.mean(), 1e-12),
-                label=f"level {level}, gini {self.gini[level]:.2f}",
-            )
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set_title(
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure.suptitle(
             f"{self.stats.num_items:,} items, {self.stats.distinct:,} tuples, "
             f"collision rate {self.stats.collision_rate:.1%}"
         )
-        axes.legend(frameon=False)
+        use, load = figure.subplots(1, 2)
+        for level, counts in enumerate(self.code_counts):
+            ordered = np.sort(counts)[::-1]
+            places = (np.arange(len(ordered)) + 0.5) / len(ordered)
+            label = f"level {level}, gini {self.gini[level]:.2f}"
+            use.plot(places, ordered / max(ordered.mean(), 1e-12), label=label)
+        use.axhline(1, color="grey", linewidth=0.8)
+        use.set(xlabel="codes of a level, most used first (share)", ylabel="items of a code / mean")
+        levels = np.arange(len(self.prefix_load))
+        for shift, name in ((-0.2, "largest"), (0.2, "mean")):
+            load.bar(levels + shift, [getattr(prefix, name) for prefix in self.prefix_load], 0.4, label=name)
+        load.set(xlabel="prefixes up to level", ylabel="items of a prefix", xticks=levels, yscale="symlog")
+        for axes in (use, load):
+            axes.legend(frameon=False)
         with replacing(Path(path)) as temporary:
             figure.savefig(temporary, dpi=150)
 
