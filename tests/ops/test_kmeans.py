@@ -101,7 +101,9 @@ def test_seed_decides_and_threads_do_not(device, options, set_threads):
     books = []
     for threads, seed in ((1, 0), (2, 0), (8, 0), (2, 1)):
         set_threads(threads)
-        books.append(torch.cat(fit_codebooks(x, [64, 16], seed=seed, num_iters=6, batch_size=2048, **options)))
+        books.append(
+            torch.cat(fit_codebooks(x, [64, 16], seed=seed, num_iters=6, batch_size=2048, **options))
+        )
     assert torch.equal(books[0], books[1])
     assert torch.equal(books[0], books[2])
     assert not torch.equal(books[1], books[3])
