@@ -26,7 +26,7 @@ class SequenceBatch(NamedTuple):
         lengths: ``[B]``, at least 1.
         targets: training: the next item at each position ``[B, T]``, ``num_items`` after the end;
             evaluation: the held-out item ``[B]``.
-        negatives: ``[B, n]``, or ``[B, T, n]`` with ``num_items`` after the end, or None.
+        negatives: ``[B, T, n]`` with ``num_items`` after the end, or None.
     """
 
     user_ids: Tensor
@@ -51,9 +51,8 @@ class TrainBatches(IterableDataset[SequenceBatch]):
         split: users with fewer than two training items are left out.
         batch_size: sequences per batch and rank; the last one of an epoch may be smaller.
         max_length: the longest input; of a longer sequence the latest ``max_length + 1`` items are used.
-        num_negatives: so many for each sequence, ``[B, n]``: uniform over the items that are not among the
-            user's training items (held-out items can be drawn, as any unseen item).
-        num_negatives_per_position: so many for each position, ``[B, T, n]``, instead.
+        num_negatives: so many for each position: uniform over the items that are not among the user's training
+            items (held-out items can be drawn, as any unseen item).
 
     Raises:
         ValueError: an argument out of range, no user to train on, or negatives asked for and a user who has
@@ -67,24 +66,17 @@ class TrainBatches(IterableDataset[SequenceBatch]):
         batch_size: int,
         max_length: int,
         num_negatives: int = 0,
-        num_negatives_per_position: int = 0,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         _check_sizes(batch_size, max_length, rank, world_size)
-        if min(num_negatives, num_negatives_per_position) < 0 or (
-            num_negatives and num_negatives_per_position
-        ):
-            raise ValueError(
-                "num_negatives, num_negatives_per_position: expected 0 or more, and only one of them, "
-                f"got {num_negatives} and {num_negatives_per_position}"
-            )
+        if num_negatives < 0:
+            raise ValueError(f"num_negatives: expected 0 or more, got {num_negatives}")
         self.split = split
         self.batch_size = batch_size
         self.max_length = max_length
         self.num_negatives = num_negatives
-        self.num_negatives_per_position = num_negatives_per_position
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -98,7 +90,7 @@ class TrainBatches(IterableDataset[SequenceBatch]):
                 f"got {len(self._users)}"
             )
         self._unseen = None
-        if num_negatives or num_negatives_per_position:
+        if num_negatives:
             self._unseen = UnseenItems(split.train_offsets, split.train_items, split.num_items)
             nothing_left = self._users[self._unseen.counts[self._users] == 0]
             if len(nothing_left):
@@ -142,13 +134,9 @@ class TrainBatches(IterableDataset[SequenceBatch]):
         return _to_torch(users, item_ids, lengths, targets, negatives)
 
     def _negatives(self, users: np.ndarray, is_item: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if self.num_negatives:
-            return self._unseen.draw(users, self.num_negatives, rng)
         owners = np.repeat(users, is_item.sum(axis=1))
-        negatives = np.full(
-            (*is_item.shape, self.num_negatives_per_position), self.split.num_items, dtype=np.int64
-        )
-        negatives[is_item] = self._unseen.draw(owners, self.num_negatives_per_position, rng)
+        negatives = np.full((*is_item.shape, self.num_negatives), self.split.num_items, dtype=np.int64)
+        negatives[is_item] = self._unseen.draw(owners, self.num_negatives, rng)
         return negatives
 
 

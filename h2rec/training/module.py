@@ -88,12 +88,12 @@ class Recommender(lightning.LightningModule):
         )
 
     def train_dataloader(self) -> TrainBatches:
-        per_position = (self.config.num_negatives or 1) if self.loss_name == "bce" else 0
+        num_negatives = (self.config.num_negatives or 1) if self.loss_name == "bce" else 0
         self._train_batches = TrainBatches(
             self.split,
             batch_size=self.config.batch_size,
             max_length=self.config.max_length,
-            num_negatives_per_position=per_position,
+            num_negatives=num_negatives,
             seed=self.config.seed,
             rank=self.global_rank,
             world_size=self.trainer.world_size,

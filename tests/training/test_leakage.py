@@ -29,7 +29,7 @@ def configs(request, make_config, tmp_path):
 
 
 def batches(split):
-    loader = data.TrainBatches(split, batch_size=16, max_length=8, num_negatives_per_position=3, seed=0)
+    loader = data.TrainBatches(split, batch_size=16, max_length=8, num_negatives=3, seed=0)
     loader.set_epoch(2)
     return list(loader)
 
