@@ -16,17 +16,23 @@ if TYPE_CHECKING:
 output = Console()
 errors = Console(stderr=True)
 
-_GROUPS = (("overall", "all items"), ("head", "head items"), ("tail", "tail items"))
+_GROUPS = (("overall", "all"), ("head", "head"), ("tail", "tail"))
 _METRICS = ("HR@10", "NDCG@10")
 
 
 def head_tail_table(run: ReportedRun, protocol: str, title: str) -> Table:
     """The models of a run, on all, head and tail items; best value bold, relative difference to hash only below."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    users, head, tail = (f"{run.count(group):,}" for group, _ in _GROUPS)
+    table = Table(
+        title=f"[bold]{title}[/]\n{users} users: {head} with a head item next, {tail} with a tail item",
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+    )
     table.add_column("model", vertical="top")
     columns = [(group, name, metric) for group, name in _GROUPS for metric in _METRICS]
-    for group, name, metric in columns:
-        table.add_column(f"{name}\n{run.count(group):,} users\n{metric}", justify="right")
+    for _, name, metric in columns:
+        table.add_column(f"{name}\n{metric}", justify="right")
     best = {
         (group, metric): max(
             (run.value(model, protocol, group, metric) for model in run.models), default=math.nan

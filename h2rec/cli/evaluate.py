@@ -54,7 +54,7 @@ def evaluate(
 
     if output is not None:
         check_writable(output, force)
-    config = TrainConfig.load(run / "config.json")
+    config = TrainConfig.of_run(run)
     ranking = {
         "history_masked": config.mask_history if mask_history is None else mask_history,
         "negatives": ranking_negatives or config.ranking_negatives,

@@ -49,7 +49,7 @@ def recommend(
 
     if (user is None) == (history is None):
         raise ValueError("recommend needs either --user or --history")
-    names = TrainConfig.load(run / "config.json").models
+    names = TrainConfig.of_run(run).models
     name = model or ("h2rec" if "h2rec" in names else names[-1])
     trained, config, catalog, _ = load_model(run, name)
     if user is None:
@@ -73,5 +73,5 @@ def recommend(
 
 def _described(items: np.ndarray, catalog: ItemCatalog) -> str:
     names = catalog.titles or [str(item) for item in catalog.ids]
-    latest = ", ".join(names[item] for item in items[: -_SHOWN_HISTORY - 1 : -1])
-    return f"{len(items)} items so far, the latest first: {latest}{', ...' if len(items) > _SHOWN_HISTORY else ''}"
+    latest = "; ".join(names[item] for item in items[: -_SHOWN_HISTORY - 1 : -1])
+    return f"{len(items)} items so far, the latest first: {latest}{'; ...' if len(items) > _SHOWN_HISTORY else ''}"

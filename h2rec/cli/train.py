@@ -228,7 +228,7 @@ def _config(given: dict[str, Any], run: Path, resume: bool) -> TrainConfig:
         given["models"] = tuple(name.strip() for name in given["models"].split(","))
     if resume:
         # Its own settings, and what differs from them is for training to refuse.
-        return dataclasses.replace(TrainConfig.load(run / "config.json"), **given)
+        return dataclasses.replace(TrainConfig.of_run(run), **given)
     for name in ("interactions", "sids"):
         if name not in given:
             raise ValueError(f"train needs --{name} (or --resume, to go on with the run in --output)")

@@ -47,6 +47,11 @@ class Split:
             return self.test_targets
         raise ValueError(f"stage: expected 'valid' or 'test', got {stage!r}")
 
+    def train_history(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What each of some users trains on, laid end to end: its row among ``users``, and the item, int64 ``[n]``."""
+        starts = self.train_offsets[users]
+        return runs(self.train_items, starts, self.train_offsets[users + 1] - starts)
+
     def train_counts(self) -> np.ndarray:
         """How often each item stands in the training sequences: int64 ``[num_items]``."""
         return np.bincount(self.train_items, minlength=self.num_items).astype(np.int64, copy=False)
@@ -74,3 +79,10 @@ def leave_one_out(log: InteractionLog) -> Split:
         test_targets=test_targets,
         short_users=int((~has_targets).sum()),
     )
+
+
+def runs(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``flat[start : start + length]`` of each run, laid end to end: the run's number, and the value, ``[n]``."""
+    numbers = np.repeat(np.arange(len(starts)), lengths)
+    steps = np.arange(len(numbers)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return numbers, flat[np.repeat(starts, lengths) + steps]

@@ -207,6 +207,18 @@ class TrainConfig:
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from error
 
+    @classmethod
+    def of_run(cls, run_dir: str | Path) -> TrainConfig:
+        """Reads the config of a run directory.
+
+        Raises:
+            FileNotFoundError: there is no run.
+        """
+        path = Path(run_dir) / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{run_dir}: no run here (it has no config.json)")
+        return cls.load(path)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 

@@ -22,6 +22,7 @@ from h2rec.data import (
     popularity_head,
     sample_negatives,
 )
+from h2rec.data.split import runs
 from h2rec.models import SequentialModel
 
 CUTOFFS = (5, 10, 20)
@@ -209,9 +210,7 @@ def _history(split: Split, stage: str, users: np.ndarray) -> tuple[np.ndarray, n
     """(row among these users, item) of everything that came before the held-out item."""
     starts = split.log.offsets[users]
     lengths = split.log.offsets[users + 1] - (1 if stage == "test" else 2) - starts
-    rows = np.repeat(np.arange(len(users)), lengths)
-    steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return rows, split.log.items[np.repeat(starts, lengths) + steps]
+    return runs(split.log.items, starts, lengths)
 
 
 def hits_and_gains(ranks: np.ndarray) -> dict[str, np.ndarray]:

@@ -44,38 +44,23 @@ def binary_cross_entropy(users: Tensor, targets: Tensor, negatives: Tensor) -> T
 
 
 def sampled_softmax(
-    users: Tensor, targets: Tensor, negatives: Tensor, hits: Tensor | None = None, log_q: Tensor | None = None
+    users: Tensor, targets: Tensor, negatives: Tensor, log_expected: Tensor, left_out: Tensor
 ) -> Tensor:
-    """Mean cross entropy of the target among itself and the sampled items.
+    """Mean cross entropy of the target over the catalog, which is estimated from a sample of it.
+
+    A negative that is expected ``e`` times in the sample counts ``1 / e`` times, so that the sum over the sample is on
+    average that over the catalog (logQ correction; Bengio and Senecal, 2008).
 
     Args:
         users: ``[M, C]`` user vectors.
         targets: ``[M, C]`` vectors of the items that came next.
-        negatives: ``[n, C]`` vectors shared by all positions, or ``[M, n, C]``.
-        hits: bool ``[M, n]``; True leaves a negative out at a position (it is the target, or another item of the
-            user's).
-        log_q: ``[M, 1 + n]`` or ``[1 + n]``, log of the probability with which the target and the negatives are
-            drawn. Scores lose it (Bengio and Senecal, 2008). A uniform proposal needs none: a constant cancels.
+        negatives: ``[n, C]`` vectors of the sample, shared by all positions.
+        log_expected: ``[n]``, log of how often each is expected in the sample.
+        left_out: bool ``[M, n]``; True leaves a negative out at a position (the target, or another item of the user's).
     """
-    target_scores = (users * targets).sum(-1, keepdim=True)  # [M, 1]
-    formula = "mc,nc->mn" if negatives.dim() == 2 else "mc,mnc->mn"
-    negative_scores = torch.einsum(formula, users, negatives)  # [M, n]
-    scores = torch.cat([target_scores, negative_scores], dim=1)  # [M, 1 + n]
-    if log_q is not None:
-        scores = scores - log_q
-    if hits is not None:
-        scores = scores.masked_fill(F.pad(hits, (1, 0)), -math.inf)
-    return (scores.logsumexp(1) - scores[:, 0]).mean()
-
-
-def is_own_item(sequences: Tensor, negatives: Tensor) -> Tensor:
-    """Whether a sampled item stands in a sequence: ``[B, T]``, ``[n]`` -> bool ``[B, n]``."""
-    distinct, inverse = negatives.unique(return_inverse=True)
-    place = torch.searchsorted(distinct, sequences).clamp_(max=len(distinct) - 1)  # [B, T]
-    row, column = (distinct[place] == sequences).nonzero(as_tuple=True)
-    own = torch.zeros(len(sequences), len(distinct), dtype=torch.bool, device=negatives.device)
-    own[row, place[row, column]] = True
-    return own[:, inverse]
+    target_scores = (users * targets).sum(-1)  # [M]
+    scores = (users @ negatives.T - log_expected).masked_fill(left_out, -math.inf)  # [M, n]
+    return (torch.logaddexp(target_scores, scores.logsumexp(1)) - target_scores).mean()
 
 
 def full_softmax(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:

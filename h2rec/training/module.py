@@ -18,10 +18,10 @@ from h2rec.training.losses import (
     SHARED_NEGATIVES,
     binary_cross_entropy,
     full_softmax,
-    is_own_item,
     resolve_loss,
     sampled_softmax,
 )
+from h2rec.training.shared_negatives import SharedNegatives
 
 MONITOR = "valid_NDCG@10"
 
@@ -41,6 +41,20 @@ def check_origin(checkpoint: dict[str, Any], name: str, config: TrainConfig) -> 
     saved = dataclasses.replace(saved, **{path: getattr(config, path) for path in PATHS})
     if config.difference(saved):
         raise ValueError(f"checkpoint: of another config: {config.describe_difference(saved)}")
+
+
+def train_batches(config: TrainConfig, split: Split, *, rank: int = 0, world_size: int = 1) -> TrainBatches:
+    """The batches of a config, for one of its processes; `TrainBatches` says what is refused."""
+    needs_negatives = resolve_loss(config.loss, split.num_items) == "bce"
+    return TrainBatches(
+        split,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        num_negatives=(config.num_negatives or 1) if needs_negatives else 0,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 class Recommender(lightning.LightningModule):
@@ -77,6 +91,7 @@ class Recommender(lightning.LightningModule):
         self.co_occurrence = co_occurrence
         self.loss_name = resolve_loss(config.loss, model.num_items)
         self._train_batches: TrainBatches | None = None
+        self._shared_negatives: SharedNegatives | None = None
         self._ranker: Ranker | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -88,15 +103,8 @@ class Recommender(lightning.LightningModule):
         )
 
     def train_dataloader(self) -> TrainBatches:
-        num_negatives = (self.config.num_negatives or 1) if self.loss_name == "bce" else 0
-        self._train_batches = TrainBatches(
-            self.split,
-            batch_size=self.config.batch_size,
-            max_length=self.config.max_length,
-            num_negatives=num_negatives,
-            seed=self.config.seed,
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
+        self._train_batches = train_batches(
+            self.config, self.split, rank=self.global_rank, world_size=self.trainer.world_size
         )
         return self._train_batches
 
@@ -104,6 +112,11 @@ class Recommender(lightning.LightningModule):
         return eval_batches(
             self.split, "valid", self.model, rank=self.global_rank, world_size=self.trainer.world_size
         )
+
+    def on_train_start(self) -> None:
+        if self.loss_name == "sampled_softmax":
+            count = self.config.num_negatives or SHARED_NEGATIVES
+            self._shared_negatives = SharedNegatives(self.split, count, self.device)
 
     def on_train_epoch_start(self) -> None:
         self._train_batches.set_epoch(self.current_epoch)
@@ -133,15 +146,11 @@ class Recommender(lightning.LightningModule):
             negatives = batch.negatives[is_position]  # [M, n]
             vectors = self.model.item_vectors(torch.cat([targets[:, None], negatives], dim=1))
             return binary_cross_entropy(users, vectors[:, 0], vectors[:, 1:])
-        negatives = torch.randint(
-            self.model.num_items, (self.config.num_negatives or SHARED_NEGATIVES,), device=users.device
-        )
-        vectors = self.model.item_vectors(torch.cat([targets, negatives]))
+        drawn = self._shared_negatives.draw(batch.user_ids)
+        vectors = self.model.item_vectors(torch.cat([targets, drawn.items]))
         target_vectors, negative_vectors = vectors.tensor_split((len(targets),))
-        # The user's items are those that are read and those that come next.
-        own = is_own_item(torch.cat([batch.item_ids, batch.targets], dim=1), negatives)  # [B, n]
-        hits = own[is_position.nonzero()[:, 0]]  # [M, n]
-        return sampled_softmax(users, target_vectors, negative_vectors, hits)
+        own = drawn.is_own[is_position.nonzero()[:, 0]]  # [M, n]
+        return sampled_softmax(users, target_vectors, negative_vectors, drawn.log_expected, own)
 
     def _check_finite(self, parts: dict[str, Tensor], step: int) -> None:
         for name, value in parts.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dataclasses
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from h2rec._files import replacing
@@ -33,7 +34,7 @@ from h2rec.training.config import TrainConfig
 from h2rec.training.evaluation import metrics_of, rank_users
 from h2rec.training.files import write_json
 from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
-from h2rec.training.module import Recommender, check_origin
+from h2rec.training.module import Recommender, check_origin, train_batches
 from h2rec.training.progress import progress_callback, quiet_lightning, say
 from h2rec.training.report import write_report
 
@@ -65,13 +66,14 @@ def train_run(
         ValueError: the data do not fit (see `h2rec.data`), the run to resume has another config, or its checkpoint is
             damaged. Nothing has been written then.
         FloatingPointError: a loss or score is not finite.
-        torch.multiprocessing.ProcessRaisedException: one of several processes raised what is no built-in exception.
+        ChildProcessError: one of several processes was killed, or raised what is no built-in exception.
     """
     config, run_dir = config.with_absolute_paths(), Path(run_dir)
     accelerator = _accelerator(config)
     _check_directory(config, run_dir, resume)
     own_sids = run_dir / "sids.safetensors"
     inputs = read_inputs(config, own_sids if own_sids.exists() else Path(config.sids))
+    train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
     _write_inputs(config, inputs, run_dir)
     if inputs.split.short_users:
         say(f"{inputs.split.short_users} users have fewer than three interactions and are trained on only")
@@ -79,13 +81,7 @@ def train_run(
     if config.devices == 1:
         _train_models(config, inputs, run_dir, accelerator)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                torch.multiprocessing.spawn(
-                    _train_in_process, (config, run_dir, accelerator, f"{folder}/rendezvous"), config.devices
-                )
-            except torch.multiprocessing.ProcessRaisedException as error:
-                raise _raised_in_process(error) from error
+        _train_in_processes(config, run_dir, accelerator)
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     write_report(run_dir)
     return metrics
@@ -104,7 +100,7 @@ def load_model(
         ValueError: the run has no model of this name, or a file of it is damaged.
     """
     run_dir = Path(run_dir)
-    config = _saved_config(run_dir)
+    config = TrainConfig.of_run(run_dir)
     if name not in config.models:
         raise ValueError(f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}")
     sids = SemanticIds.load(run_dir / "sids.safetensors")
@@ -127,16 +123,9 @@ def _accelerator(config: TrainConfig) -> str:
     return accelerator
 
 
-def _saved_config(run_dir: Path) -> TrainConfig:
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{run_dir}: no run here (it has no config.json)")
-    return TrainConfig.load(path)
-
-
 def _check_directory(config: TrainConfig, run_dir: Path, resume: bool) -> None:
     if resume:
-        saved = _saved_config(run_dir)
+        saved = TrainConfig.of_run(run_dir)
         if config.difference(saved):
             raise ValueError(f"{run_dir}: the run has another config: {config.describe_difference(saved)}")
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
@@ -154,31 +143,52 @@ def _write_inputs(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
         write_catalog(inputs.catalog, run_dir / "items.parquet")
 
 
-def _train_in_process(
-    rank: int, config: TrainConfig, run_dir: Path, accelerator: str, rendezvous: str
-) -> None:
+def _train_in_processes(config: TrainConfig, run_dir: Path, accelerator: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = Path(folder)
+        try:
+            torch.multiprocessing.spawn(
+                _train_in_process, (config, run_dir, accelerator, meeting), config.devices
+            )
+        except torch.multiprocessing.ProcessException as error:
+            raise _cause(meeting) or ChildProcessError(f"{error}; resume the run to go on") from error
+
+
+def _train_in_process(rank: int, config: TrainConfig, run_dir: Path, accelerator: str, meeting: Path) -> None:
     # Lightning finds the group that is there, and by LOCAL_RANK that it need not start processes.
     os.environ["LOCAL_RANK"] = str(rank)
     rank_zero_only.rank = rank
     torch.distributed.init_process_group(
         "nccl" if accelerator == "gpu" else "gloo",
-        init_method=f"file://{rendezvous}",
+        init_method=f"file://{meeting}/rendezvous",
         rank=rank,
         world_size=config.devices,
     )
     if accelerator == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // config.devices))
-    _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
+    try:
+        _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
+    except Exception as error:
+        _leave_cause(error, rank, meeting)
+        raise
     torch.distributed.destroy_process_group()
 
 
-def _raised_in_process(error: torch.multiprocessing.ProcessRaisedException) -> Exception:
-    """The built-in exception that a process raised; all that comes over is its traceback as a text."""
-    for line in reversed(list(re.finditer(r"^(\w+): ", str(error), re.MULTILINE))):
-        kind = getattr(builtins, line[1], None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            return kind(str(error)[line.end() :].strip())
-    return error
+def _leave_cause(error: Exception, rank: int, meeting: Path) -> None:
+    """The first process to fail says why; the others fail because they lost it."""
+    said = meeting / f"error-{rank}.json"
+    write_json(said, [type(error).__name__, str(error)])
+    with contextlib.suppress(FileExistsError):
+        os.link(said, meeting / "error.json")
+
+
+def _cause(meeting: Path) -> Exception | None:
+    """What `_leave_cause` left, if it was a built-in exception."""
+    if not (meeting / "error.json").exists():
+        return None
+    name, message = json.loads((meeting / "error.json").read_text(encoding="utf-8"))
+    kind = getattr(builtins, name, None)
+    return kind(message) if kind else None
 
 
 def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerator: str) -> None:
@@ -205,7 +215,8 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
         trainer = lightning.Trainer(
             accelerator=accelerator,
             devices=config.devices,
-            strategy="auto" if config.devices == 1 else "ddp",
+            # The models' buffers never change, so there is nothing to broadcast before every step.
+            strategy="auto" if config.devices == 1 else DDPStrategy(broadcast_buffers=False),
             max_epochs=config.max_epochs,
             logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
             callbacks=[record, progress],

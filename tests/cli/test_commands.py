@@ -116,7 +116,7 @@ def test_tokenize_refuses(shop, sids, tmp_path):
 
 def test_train_prints_the_tables_and_writes_the_report(trained):
     run, printed = trained
-    assert "head items" in printed
+    assert "with a head item next" in printed
     assert "Ranking against 20 sampled negatives" in printed
     assert "The report is" in printed
     assert (run / "report.html").read_text().startswith("<!")
@@ -151,7 +151,7 @@ def test_train_refuses(shop, sids, trained, tmp_path):
 def test_evaluate_repeats_what_training_found(trained, tmp_path):
     run, _ = trained
     output = tmp_path / "metrics.json"
-    assert "head items" in call("evaluate", run, "-o", output)
+    assert "with a head item next" in call("evaluate", run, "-o", output)
     found = json.loads((run / "metrics.json").read_text())
     again = json.loads(output.read_text())
     assert again["ranking"] == found["ranking"]
@@ -178,7 +178,7 @@ def test_recommend(trained):
     assert " 4 a" in printed
     assert " 5 a" not in printed
     printed = call("recommend", run, "--history", "a1, a2", "--model", "hash", "-k", NUM_ITEMS)
-    assert "the latest first: war film number 2, garden hose number 1" in printed
+    assert "the latest first: war film number 2; garden hose number 1" in printed
     assert f" {NUM_ITEMS - 2} a" in printed
     assert f" {NUM_ITEMS - 1} a" not in printed
     assert f" {NUM_ITEMS} a" in call(
@@ -193,7 +193,18 @@ def test_recommend_refuses(trained, tmp_path):
         "recommend", run, "--history", "a99", fails=True
     )
     assert "'v99'" in call("recommend", run, "--user", "v99", fails=True)
-    assert "config.json" in call("recommend", tmp_path, "--user", "v1", fails=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--resume", "-o"], ["evaluate"], ["recommend", "--user", "v1"]],
+    ids=lambda a: a[0],
+)
+def test_no_run(arguments, tmp_path):
+    assert "nowhere: no run here (it has no config.json)" in call(
+        *arguments, tmp_path / "nowhere", fails=True
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_without_its_data_says_how_to_go_on(monkeypatch, tmp_path):

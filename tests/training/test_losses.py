@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -8,7 +6,6 @@ from h2rec.training.losses import (
     FULL_SOFTMAX_MAX_ITEMS,
     binary_cross_entropy,
     full_softmax,
-    is_own_item,
     resolve_loss,
     sampled_softmax,
 )
@@ -60,69 +57,36 @@ def test_binary_cross_entropy_of_large_scores(device):
     assert binary_cross_entropy(users, users, -users[:, None]) == 0
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per position"])
-@pytest.mark.parametrize("with_hits", [True, False], ids=["hits", "no hits"])
-@pytest.mark.parametrize("with_log_q", [True, False], ids=["log_q", "no log_q"])
-def test_sampled_softmax(shared, with_hits, with_log_q, generator, device):
-    hits = torch.rand(M, N, generator=generator) < 0.3
-    hits[0] = True  # nothing but the target is left
-    log_q = random(generator, M, 1 + N)
+def test_sampled_softmax(generator, device):
+    left_out = torch.rand(M, N, generator=generator) < 0.3
+    left_out[0] = True  # nothing but the target is left
+    log_expected = random(generator, N)
 
     def ours(users, targets, negatives):
-        return sampled_softmax(
-            users,
-            targets,
-            negatives,
-            hits.to(device) if with_hits else None,
-            log_q.to(users) if with_log_q else None,
-        )
+        return sampled_softmax(users, targets, negatives, log_expected.to(users), left_out.to(device))
 
     def oracle(users, targets, negatives):
         scores = [
-            torch.stack(
-                [
-                    users[m] @ targets[m],
-                    *(users[m] @ (negatives if shared else negatives[m])[n] for n in range(N)),
-                ]
-            )
+            torch.stack([users[m] @ targets[m], *(users[m] @ vector for vector in negatives)])
             for m in range(M)
         ]
-        scores = torch.stack(scores) - (log_q.to(users) if with_log_q else 0.0)
+        scores = torch.stack(scores)
+        scores[:, 1:] -= log_expected
         allowed = torch.ones(M, 1 + N, dtype=torch.bool)
-        if with_hits:
-            allowed[:, 1:] = ~hits
+        allowed[:, 1:] = ~left_out
         return cross_entropy_by_hand(scores, allowed)
 
-    negatives = random(generator, N, C) if shared else random(generator, M, N, C)
-    check(ours, oracle, (random(generator, M, C), random(generator, M, C), negatives), device)
+    check(ours, oracle, (random(generator, M, C), random(generator, M, C), random(generator, N, C)), device)
 
 
 def test_sampled_softmax_gives_a_left_out_item_no_gradient(generator):
     users, targets, negatives = (
         random(generator, *shape).requires_grad_() for shape in ((2, C), (2, C), (3, C))
     )
-    hits = torch.tensor([[False, True, False], [True, True, False]])
-    loss = sampled_softmax(users, targets, negatives, hits)
+    left_out = torch.tensor([[False, True, False], [True, True, False]])
+    loss = sampled_softmax(users, targets, negatives, torch.zeros(3), left_out)
     (gradient,) = torch.autograd.grad(loss, negatives)
     assert (gradient != 0).any(1).tolist() == [True, False, True]
-
-
-def test_sampled_softmax_with_log_q_is_the_full_softmax_on_average(generator):
-    """The point of the correction: importance weights 1 / q make the sampled sum an estimate of the whole one."""
-    scores = random(generator, N)
-    q = torch.softmax(random(generator, N), 0)
-    sample = torch.multinomial(q, 200_000, replacement=True, generator=generator)
-    one = torch.ones(1, 1, dtype=torch.float64)
-    # A target that weighs nothing, so that what is left is the log of the mean of exp(score) / q.
-    log_q = torch.cat([torch.tensor([-5.0]), q[sample].log() + math.log(len(sample))])
-    loss = sampled_softmax(one, -5.0 * one, scores[sample, None], log_q=log_q)
-    torch.testing.assert_close(loss, (1 + scores.exp().sum()).log(), rtol=0.01, atol=0.0)
-
-
-def test_a_constant_log_q_changes_nothing(generator):
-    vectors = random(generator, M, C), random(generator, M, C), random(generator, N, C)
-    constant = torch.full((1 + N,), -3.0, dtype=torch.float64)
-    torch.testing.assert_close(sampled_softmax(*vectors, log_q=constant), sampled_softmax(*vectors))
 
 
 @pytest.mark.parametrize("tile", [1, 7, 23, 1000], ids=lambda tile: f"tiles of {tile}")
@@ -156,16 +120,6 @@ def test_full_softmax_passes_gradcheck(generator):
     targets = torch.tensor([3, 0, 3])
     vectors = random(generator, 3, C).requires_grad_(), random(generator, 4, C).requires_grad_()
     assert torch.autograd.gradcheck(lambda users, items: full_softmax(users, items, targets), vectors)
-
-
-def test_is_own_item(generator, device):
-    sequences = torch.randint(N, (9, 6), generator=generator)
-    sequences[2, 3:] = N  # padding, which is no item
-    negatives = torch.randint(N, (14,), generator=generator)
-    negatives[5] = negatives[6]
-    expected = [[item in row for item in negatives.tolist()] for row in sequences.tolist()]
-    assert any(any(row) for row in expected)
-    assert is_own_item(sequences.to(device), negatives.to(device)).tolist() == expected
 
 
 def test_resolve_loss():

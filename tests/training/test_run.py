@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -179,30 +181,40 @@ def test_every_loss_trains(loss, name, make_config, tmp_path):
 
 
 def test_sampled_softmax_leaves_out_the_users_own_items(make_config, tmp_path, monkeypatch):
-    batches, masks = [], []
+    """All that a user trains on, though the model reads the latest two items only."""
+    batches, draws, masks = [], [], []
     original_step, original_loss = run.Recommender.training_step, module.sampled_softmax
+    original_draw = module.SharedNegatives.draw
 
     def step(self, batch, batch_idx):
         batches.append((batch, self.model.padding_idx))
         return original_step(self, batch, batch_idx)
 
-    def loss(users, targets, negatives, hits):
-        masks.append(hits.cpu())
-        return original_loss(users, targets, negatives, hits)
+    def draw(self, user_ids):
+        draws.append(original_draw(self, user_ids))
+        return draws[-1]
 
-    drawn = torch.arange(60).repeat(2)  # so that every item is among the negatives, twice
+    def loss(users, targets, negatives, log_expected, left_out):
+        masks.append(left_out.cpu())
+        return original_loss(users, targets, negatives, log_expected, left_out)
+
     monkeypatch.setattr(run.Recommender, "training_step", step)
+    monkeypatch.setattr(module.SharedNegatives, "draw", draw)
     monkeypatch.setattr(module, "sampled_softmax", loss)
-    monkeypatch.setattr(torch, "randint", lambda *_, device=None, **__: drawn.to(device))
-    train_run(make_config(models=("hash",), loss="sampled_softmax", max_epochs=1), tmp_path / "run")
-    for (batch, padding), mask in zip(batches, masks, strict=True):
-        expected = [
-            [item in {*items, *targets} for item in drawn.tolist()]
-            for items, targets in zip(batch.item_ids.tolist(), batch.targets.tolist(), strict=True)
-            for target in targets
-            if target != padding
-        ]
+    config = make_config(
+        models=("hash",), loss="sampled_softmax", num_negatives=50, max_length=2, max_epochs=1
+    )
+    train_run(config, tmp_path / "run")
+    split = read_split(config, 60)
+    for (batch, padding), drawn, mask in zip(batches, draws, masks, strict=True):
+        expected = []
+        for user, targets in zip(batch.user_ids.tolist(), batch.targets.tolist(), strict=True):
+            own = split.train_items[split.train_offsets[user] : split.train_offsets[user + 1]]
+            expected += [
+                [item in own for item in drawn.items.tolist()] for target in targets if target != padding
+            ]
         assert mask.tolist() == expected
+        assert mask.any()
 
 
 def test_raw_rows_without_a_catalog(make_config, tmp_path, monkeypatch, capsys):
@@ -452,6 +464,11 @@ def test_a_run_may_move_with_its_files(half_run, make_config, tmp_path):
             ValueError,
             "devices: expected at most .* PyTorch sees, got 99",
         ),
+        (
+            {"accelerator": "cpu", "devices": 99},
+            ValueError,
+            r"split: expected at least 99 users \(one per rank\) with two training items, got",
+        ),
     ],
 )
 def test_nothing_is_written_for_bad_input(changes, error, message, make_config, tmp_path):
@@ -527,3 +544,20 @@ def test_an_error_in_one_of_two_processes(make_config, device, tmp_path):
     ) as raised:
         train_run(config, tmp_path / "run")
     assert "Traceback" not in str(raised.value)
+
+
+def test_one_of_two_processes_is_killed(make_config, device, tmp_path):
+    if device != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config = make_config(models=("hash",), devices=2, max_epochs=500, patience=500)
+
+    def kill() -> None:
+        while not (tmp_path / "run" / "hash" / "metrics.csv").exists():
+            time.sleep(0.01)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.raises(ChildProcessError, match=r"terminated with signal SIGKILL; resume the run to go on"):
+        train_run(config, tmp_path / "run")
+    assert len(read_rows(tmp_path / "run" / "hash")) < 500

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from h2rec.training.files import replacing
 from h2rec.training.report.page import render
 from h2rec.training.report.run import ReportedRun, read_run
 
@@ -20,10 +21,6 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))
     target = run_dir / "report.html"
-    unfinished = run_dir / f".report.html.{os.getpid()}"
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return target
