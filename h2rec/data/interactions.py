@@ -138,7 +138,8 @@ def _catalog_of(raw_items: pl.Series, num_items: int | None, where: str) -> Item
         raise ValueError(f"num_items: expected at least 1, got {num_items}")
     if not raw_items.dtype.is_integer():
         raise ValueError(
-            f"{where}: with num_items the ids must be integers in [0, {num_items}), got {raw_items[0]!r}"
+            f"{where}: without a file of items the ids must be row numbers, integers in [0, {num_items}), "
+            f"got {raw_items[0]!r}"
         )
     return ItemCatalog(pl.arange(num_items, eager=True, dtype=pl.Int64))
 

@@ -84,11 +84,18 @@ def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
         vectors = read_embeddings(config.embeddings, num_items=sids.num_items)
         content = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
     pairs = co_occurrence(split) if "h2rec" in config.models and config.co_occurrence else None
-    negatives = {
-        stage: sample_negatives(split, stage, config.ranking_negatives, config.seed)
-        for stage in ("valid", "test")
-    }
-    return Inputs(split, sids, content, pairs, negatives)
+    return Inputs(split, sids, content, pairs, _ranking_negatives(config, split))
+
+
+def _ranking_negatives(config: TrainConfig, split: Split) -> dict[str, np.ndarray]:
+    try:
+        return {
+            stage: sample_negatives(split, stage, config.ranking_negatives, config.seed)
+            for stage in ("valid", "test")
+        }
+    except ValueError as error:
+        # By the name that the setting has here.
+        raise ValueError(str(error).replace("num_negatives", "ranking_negatives")) from error
 
 
 def write_catalog(catalog: ItemCatalog, path: Path) -> None:

@@ -116,6 +116,8 @@ def _accelerator(config: TrainConfig) -> str:
     accelerator = config.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if available else "cpu"
+    if accelerator == "gpu" and not available:
+        raise ValueError("accelerator: expected 'cpu' or 'auto' where PyTorch sees no GPU, got 'gpu'")
     if accelerator == "gpu" and config.devices > available:
         raise ValueError(
             f"devices: expected at most {available}, the GPUs that PyTorch sees, got {config.devices}"
@@ -150,8 +152,10 @@ def _train_in_processes(config: TrainConfig, run_dir: Path, accelerator: str) ->
             torch.multiprocessing.spawn(
                 _train_in_process, (config, run_dir, accelerator, meeting), config.devices
             )
-        except torch.multiprocessing.ProcessException as error:
-            raise _cause(meeting) or ChildProcessError(f"{error}; resume the run to go on") from error
+        except torch.multiprocessing.ProcessRaisedException as error:
+            raise _cause(meeting) or ChildProcessError(str(error)) from error
+        except torch.multiprocessing.ProcessExitedException as error:
+            raise ChildProcessError(f"{error}; resume the run to go on") from error
 
 
 def _train_in_process(rank: int, config: TrainConfig, run_dir: Path, accelerator: str, meeting: Path) -> None:

@@ -146,7 +146,7 @@ def test_index_of_user(path, tmp_path):
         ({"num_items": 0}, "num_items: expected at least 1, got 0"),
         (
             {"item": "user_id", "num_items": 7},
-            r"column 'user_id': with num_items the ids must be integers in \[0, 7\), got 'b'",
+            r"column 'user_id': without a file of items the ids must be row numbers, integers in \[0, 7\), got 'b'",
         ),
         (
             {"catalog": ItemCatalog(pl.Series([6]))},

@@ -452,17 +452,21 @@ def test_a_run_may_move_with_its_files(half_run, make_config, tmp_path):
         ({"interactions": "nowhere.csv"}, FileNotFoundError, "nowhere.csv: no such file"),
         ({"sids": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
         ({"user_column": "visitor"}, ValueError, "visitor"),
-        ({"items": None, "title_column": None}, ValueError, r"the ids must be integers in \[0, 60\), got 'i"),
+        (
+            {"items": None, "title_column": None},
+            ValueError,
+            r"the ids must be row numbers, integers in \[0, 60\), got 'i",
+        ),
         (
             {"min_shared_codes": 4},
             ValueError,
             "min_shared_codes: expected at most 3, the levels of .*, got 4",
         ),
-        ({"ranking_negatives": 60}, ValueError, "num_negatives: expected at most .* got 60"),
+        ({"ranking_negatives": 60}, ValueError, "^ranking_negatives: expected at most .* got 60"),
         (
             {"accelerator": "gpu", "devices": 99},
             ValueError,
-            "devices: expected at most .* PyTorch sees, got 99",
+            "devices: expected at most .* PyTorch sees, got 99|where PyTorch sees no GPU, got 'gpu'",
         ),
         (
             {"accelerator": "cpu", "devices": 99},
