@@ -34,7 +34,7 @@ def demo(
     Example:
 
     \b
-        pip install "h2rec[train,text]" && pip install --no-deps recbole
+        pip install "h2rec\\[train,text]" && pip install --no-deps recbole
         h2rec demo
     """
     log, items = movielens_files()

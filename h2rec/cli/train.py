@@ -197,9 +197,10 @@ def train(
     Example:
 
     \b
-        h2rec train --interactions log.parquet --sids sids.safetensors -o runs/first
-        h2rec train --interactions log.csv --user visitor --item asin --order time \\
-            --items items.csv --title name --sids sids.safetensors -o runs/shop
+        h2rec train --interactions log.parquet --sids sids.safetensors -o runs/a
+        h2rec train --interactions log.csv --user visitor --item asin \\
+            --order time --items items.csv --title name \\
+            --sids sids.safetensors -o runs/shop
         h2rec train -o runs/shop --resume
     """
     given = {

@@ -77,6 +77,20 @@ def test_every_command_explains_itself_with_an_example():
         assert f"h2rec {command}" in text
 
 
+@pytest.mark.parametrize("command", ["tokenize", "train", "evaluate", "recommend", "config", "demo"])
+def test_examples_can_be_copied_from_a_narrow_terminal(command):
+    printed = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
+    (source,) = (
+        found.callback.__doc__ for found in app.registered_commands if found.callback.__name__ == command
+    )
+    examples = [
+        line.strip().replace("\\[", "[") for line in source.partition("\b\n")[2].splitlines() if line.strip()
+    ]
+    assert examples
+    lines = [line.strip() for line in printed.splitlines()]
+    assert [line for line in examples if line not in lines] == []
+
+
 def test_config_and_version():
     assert "residual_quantize on" in call("config")
     assert call("--version").startswith("h2rec ")
