@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from h2rec._files import replacing
@@ -219,8 +218,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
         trainer = lightning.Trainer(
             accelerator=accelerator,
             devices=config.devices,
-            # The models' buffers never change, so there is nothing to broadcast before every step.
-            strategy="auto" if config.devices == 1 else DDPStrategy(broadcast_buffers=False),
+            strategy="auto" if config.devices == 1 else "ddp",
             max_epochs=config.max_epochs,
             logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
             callbacks=[record, progress],
