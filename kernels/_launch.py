@@ -19,6 +19,11 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def tile_elements(on_gpu: int) -> int:
+    """Elements of a program's tile: the interpreter costs by the program and hardly by the element."""
+    return 1 << 18 if INTERPRETED else on_gpu
+
+
 @triton.jit
 def as_stored(values, dtype: tl.constexpr):
     """``values`` rounded to ``dtype``, to nearest: the interpreter would cut fp32 off to make bf16 of it."""

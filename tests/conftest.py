@@ -1,9 +1,10 @@
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from h2rec import use_backend
 from h2rec.ops import _backends

@@ -19,7 +19,7 @@ OPERATORS = ("residual_quantize", "harmonized_embedding", "alignment_loss")
 
 # Operators whose kernels exist.
 _CPP_OPERATORS: tuple[str, ...] = ("residual_quantize", "harmonized_embedding", "alignment_loss")
-_TRITON_OPERATORS: tuple[str, ...] = ()
+_TRITON_OPERATORS: tuple[str, ...] = ("harmonized_embedding",)
 _CUDA_OPERATORS: tuple[str, ...] = ("residual_quantize",)
 
 
@@ -44,7 +44,11 @@ def _why_not_cpp(operator: str, device_type: str) -> str | None:
 def _why_not_triton(operator: str, device_type: str) -> str | None:
     if operator not in _TRITON_OPERATORS:
         return "its Triton kernel is not written yet"
-    return triton_error()
+    if reason := triton_error():
+        return reason
+    if device_type == "cpu" and not _triton_is_interpreted():
+        return "on the CPU it runs in Triton's interpreter only, and TRITON_INTERPRET=1 is not set"
+    return None
 
 
 def _why_not_cuda(operator: str, device_type: str) -> str | None:
@@ -98,9 +102,13 @@ def triton_error() -> str | None:
         importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "triton is not installed"
-    if torch.version.cuda is None and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1":
+    if torch.version.cuda is None and torch.version.hip is None and not _triton_is_interpreted():
         return "this build of torch has no GPU support, and TRITON_INTERPRET=1 is not set"
     return None
+
+
+def _triton_is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(backend: str, operator: str, device_type: str) -> str | None:
@@ -109,8 +117,9 @@ def why_not(backend: str, operator: str, device_type: str) -> str | None:
 
 
 def usable(operator: str, device_type: str) -> list[str]:
-    """The backends that can serve, in order of preference."""
-    return [backend for backend in BACKENDS if why_not(backend, operator, device_type) is None]
+    """The backends that can serve, in order of preference: an interpreter comes last, for it is slow and for tests."""
+    serving = [backend for backend in BACKENDS if why_not(backend, operator, device_type) is None]
+    return sorted(serving, key=lambda backend: backend == "triton" and _triton_is_interpreted())
 
 
 def choose(function: str, device_type: str) -> Callable:
@@ -160,7 +169,7 @@ def config_report() -> str:
         f"h2rec {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         f"device      {torch.cuda.get_device_name() if device_type == 'cuda' else 'cpu (no CUDA device)'}",
         f"extension   {extension_error() or 'built; CPU kernels use ' + torch.ops.h2rec.cpu_capability()}",
-        f"triton      {triton_error() or 'usable'}",
+        f"triton      {triton_error() or ('interpreted, if asked for' if _triton_is_interpreted() else 'usable')}",
         f"H2REC_BACKEND {requested or 'is not set: the first usable backend serves'}",
     ]
     for operator in OPERATORS:

@@ -33,10 +33,26 @@ def test_every_kernel_compiles_for_every_target_without_spills(compiled):
     assert all(targets == set(aot.TARGETS) for targets in targets_by_call.values())
 
 
-def test_rows_are_read_16_bytes_at_a_time(compiled):
-    for line in compiled:
-        if line.kernel == "_harmonized_embedding_fwd_kernel":
-            assert line.wide_loads > 0, line
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "_harmonized_embedding_fwd_kernel",
+        "_one_hot_sums_kernel",
+        "_add_splits_kernel",
+        "_sum_pieces_kernel",
+        "_join_pieces_kernel",
+    ],
+)
+def test_rows_are_read_16_bytes_at_a_time(kernel, compiled):
+    of_kernel = [line for line in compiled if line.kernel == kernel]
+    assert of_kernel
+    assert [line for line in of_kernel if line.wide_loads == 0] == []
+
+
+def test_one_hot_products_run_on_matrix_units(compiled):
+    products = [line for line in compiled if line.kernel == "_one_hot_sums_kernel"]
+    assert products
+    assert [line for line in products if line.matrix_instructions == 0] == []
 
 
 def test_a_spill_is_an_error(monkeypatch, capsys):

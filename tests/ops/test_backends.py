@@ -62,6 +62,16 @@ def test_the_best_usable_backend_serves(monkeypatch):
     assert _backends.choose("residual_quantize", "cpu") is serve
 
 
+def test_interpreted_triton_serves_only_when_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _backends.usable("harmonized_embedding", "cpu")[-2:] == ["reference", "triton"]
+    assert _backends.usable("harmonized_embedding", "cuda")[-2:] == ["reference", "triton"]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(_backends, "triton_error", lambda: None)
+    assert "TRITON_INTERPRET=1 is not set" in _backends.why_not("triton", "harmonized_embedding", "cpu")
+    assert _backends.usable("harmonized_embedding", "cuda")[0] == "triton"
+
+
 def test_show_config_names_every_operator_and_backend(capsys):
     h2rec.show_config()
     printed = capsys.readouterr().out

@@ -75,6 +75,11 @@ def eager(item_ids, codes, codebooks, hash_table, hashing, pooling, padding_idx,
     return [half.view(*item_ids.shape, *half.shape[1:]) for half in masked]
 
 
+def is_interpreted(backend: str, device: str) -> bool:
+    """Whether a call takes as long as hundreds elsewhere."""
+    return backend == "triton" and torch.device(device).type == "cpu"
+
+
 def make_inputs(num_tokens, dtype, device, generator, num_rows, dim=12):
     item_ids = zipf_ids((num_tokens,), NUM_ITEMS, generator).to(device)
     codes = torch.stack([torch.randint(0, k, (NUM_ITEMS,), generator=generator) for k in SIZES], 1).to(device)
@@ -274,11 +279,11 @@ def test_quotient_and_remainder_tell_all_items_apart():
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_backward_is_the_same_bits_every_time(backend, sparse, device, generator):
     """With so many tokens that every step of a backward is shared out among threads."""
-    num_rows = 3001
+    num_rows, num_tokens = 3001, 1_000 if is_interpreted(backend, device) else 20_000
     item_ids, codes, codebooks, table = make_inputs(
-        20_000, torch.float32, device, generator, num_rows, dim=64
+        num_tokens, torch.float32, device, generator, num_rows, dim=64
     )
-    cotangents = torch.randn(2, 20_000, 64, generator=generator).to(device).unbind()
+    cotangents = torch.randn(2, num_tokens, 64, generator=generator).to(device).unbind()
     hashing = HASHINGS["multi"][0]
     hashing = hashing._replace(constants=hashing.constants.to(device))
     grads = []
@@ -317,7 +322,7 @@ def test_gradcheck(backend, pooling, mode, device, generator):
             padding_idx=PADDING,
         )
 
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=is_interpreted(backend, device))
 
 
 @pytest.mark.parametrize("combine", [None, "concat"])
