@@ -120,8 +120,8 @@ class RQVAE(nn.Module):
     def _replace_dead(self, level: int, residual: Tensor, code: Tensor) -> None:
         """What :class:`h2rec.layers.ResidualQuantizer` does by itself; on every rank the same, without waiting."""
         start, size = sum(self.codebook_sizes[:level]), self.codebook_sizes[level]
-        counts = torch.bincount(code, minlength=size).to(residual.dtype)
-        candidates = residual[torch.randint(len(residual), (size,), device=residual.device)]
+        counts = torch.bincount(code, minlength=size).to(self.codewords.dtype)
+        candidates = residual[torch.randint(len(residual), (size,), device=residual.device)].to(counts.dtype)
         if dist.is_initialized():
             dist.all_reduce(counts)
             dist.broadcast(candidates, src=0)
