@@ -112,7 +112,7 @@ def tokenize(
         typer.Option(
             "--mini-batch",
             rich_help_panel=_CODES,
-            help="k-means that moves after each batch: --iterations 8 do, which large catalogs will like.",
+            help="Move codewords after each batch, not each pass: 8 iterations do.",
         ),
     ] = False,
     balance: Annotated[
@@ -180,8 +180,9 @@ def tokenize(
     \b
         h2rec tokenize --items items.csv --item asin --text title --text category
         h2rec tokenize --embeddings vectors.npy --levels 3 --codebook-size 512
-        h2rec tokenize --embeddings vectors.npy --collisions next-best --report quality.png
-        h2rec tokenize --embeddings new.npy --append sids.safetensors -o longer.safetensors
+        h2rec tokenize --embeddings vectors.npy --method rq-vae --report report.png
+        h2rec tokenize --embeddings vectors.npy --collisions next-best
+        h2rec tokenize --append sids.safetensors --embeddings new.npy -o longer
     """
     learning = {
         "--method": method,
