@@ -180,7 +180,7 @@ def tokenize(
     \b
         h2rec tokenize --items items.csv --item asin --text title --text category
         h2rec tokenize --embeddings vectors.npy --levels 3 --codebook-size 512
-        h2rec tokenize --embeddings vectors.npy --method rq-vae --report report.png
+        h2rec tokenize --embeddings vectors.npy --method rq-vae --report q.png
         h2rec tokenize --embeddings vectors.npy --collisions next-best
         h2rec tokenize --append sids.safetensors --embeddings new.npy -o longer
     """
