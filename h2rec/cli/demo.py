@@ -53,7 +53,7 @@ def demo(
         console.print(f"They are in {made} already.", highlight=False, soft_wrap=True)
 
     console.rule("[bold]2. Four models, trained and compared by the same rules", align="left")
-    if run.exists():
+    if (run / "config.json").exists():
         console.print(
             f"{run} exists; going on with it (--force starts anew).", highlight=False, soft_wrap=True
         )

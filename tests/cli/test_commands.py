@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from h2rec import SemanticIds
 from h2rec.cli import demo as demo_module
 from h2rec.cli.app import app
+from h2rec.training import TrainConfig
 
 NUM_ITEMS, NUM_USERS = 40, 50
 
@@ -89,6 +91,16 @@ def test_examples_can_be_copied_from_a_narrow_terminal(command):
     assert examples
     lines = [line.strip() for line in printed.splitlines()]
     assert [line for line in examples if line not in lines] == []
+
+
+def test_help_of_train_shows_the_defaults_of_the_config():
+    options = typer.main.get_command(app).commands["train"].params
+    shown = {option.name: option.show_default for option in options if isinstance(option.show_default, str)}
+    for in_words in ("order_column", "num_negatives", "mask_history"):
+        del shown[in_words]
+    config = TrainConfig(interactions="log.csv", sids="sids.safetensors")
+    defaults = {name: getattr(config, name) for name in shown} | {"models": ",".join(config.models)}
+    assert shown == {name: str(value) for name, value in defaults.items()}
 
 
 def test_config_and_version():
