@@ -223,7 +223,7 @@ def tokenize(
     encoder = encoder_path(output)
     for file in filter(None, (output, save_embeddings, *reports)):
         check_writable(file, force)
-    if settings.method is Method.RQ_VAE:
+    if settings.method is Method.RQ_VAE or (append is not None and encoder_path(append).exists()):
         check_writable(encoder, force)
     vectors = _read_vectors(items, item, text, embeddings, column)
     if save_embeddings is not None:

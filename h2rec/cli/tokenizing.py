@@ -32,9 +32,12 @@ class Collisions(str, Enum):
     NEW_LEVEL = "new-level"
 
 
+_ITERATIONS = {Method.RQ_KMEANS: 25, Method.PQ: 25, Method.RQ_VAE: 20}
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How semantic IDs are learned; None is the tokenizer's own default."""
+    """How semantic IDs are learned."""
 
     method: Method
     sizes: list[int]
@@ -65,33 +68,33 @@ class Made:
 
 def learn(vectors: Vectors, settings: Settings, folder: Path) -> Made:
     """Semantic IDs of ``vectors [N, D]``. What an interrupted call left in ``folder`` is gone on with."""
-    from h2rec import tokenizers
+    from h2rec.tokenizers import RQVAE, ProductQuantizer, RQKMeans, add_level
 
-    num_levels, seed = len(settings.sizes), settings.seed
-    steps = {} if settings.iterations is None else {"num_iters": settings.iterations}
+    sizes, seed = settings.sizes, settings.seed
+    steps = settings.iterations or _ITERATIONS[settings.method]
+    beam = {"beam_size": settings.beam_size}
+    encoder, to_judge = None, vectors
     with RowProgress() as bars:
         if settings.method is Method.RQ_VAE:
-            model = tokenizers.RQVAE(vectors.shape[1], num_levels, settings.sizes, seed=seed)
-            _fit_rq_vae(model, vectors, settings.iterations or 20, folder, bars)
-            sources, tokenizer, encoder = model.latents(vectors), model, model
-        else:
-            if settings.method is Method.PQ:
-                tokenizer = tokenizers.ProductQuantizer(num_levels, settings.sizes, seed=seed, **steps)
-            else:
-                moves = {"mini_batch": settings.mini_batch, "balance": settings.balance}
-                tokenizer = tokenizers.RQKMeans(num_levels, settings.sizes, seed=seed, **steps, **moves)
+            tokenizer = encoder = RQVAE(vectors.shape[1], len(sizes), sizes, seed=seed)
+            _fit_rq_vae(encoder, vectors, steps, folder, bars)
+            to_judge = encoder.latents(vectors)
+        elif settings.method is Method.PQ:
+            tokenizer, beam = ProductQuantizer(len(sizes), sizes, num_iters=steps, seed=seed), {}
             _fit_k_means(tokenizer, vectors, folder, bars)
-            sources, encoder = vectors, None
+        else:
+            moves = {"mini_batch": settings.mini_batch, "balance": settings.balance}
+            tokenizer = RQKMeans(len(sizes), sizes, num_iters=steps, seed=seed, **moves)
+            _fit_k_means(tokenizer, vectors, folder, bars)
         show = bars.add("codes", len(vectors))
-        beam = {} if settings.method is Method.PQ else {"beam_size": settings.beam_size}
         sids = tokenizer.tokenize(
             vectors, progress=lambda encoded: show(encoded.done), checkpoint=folder, **beam
         )
         if settings.collisions is Collisions.NEW_LEVEL:
-            sids = tokenizers.add_level(sids)
+            sids = add_level(sids)
         elif settings.collisions is Collisions.NEXT_BEST:
-            sids = _move_colliding(sids, sources, settings.capacity, bars)
-    return Made(sids, sources, encoder)
+            sids = _move_colliding(sids, to_judge, settings.capacity, bars)
+    return Made(sids, to_judge, encoder)
 
 
 def append(path: Path, vectors: Vectors) -> Made:

@@ -40,12 +40,13 @@ class VectorFile:
         return self.shape[0]
 
     def __call__(self) -> Iterator[Tensor]:
-        rows = 0
+        rows, batches = 0, self._read()
         self._check_version()
-        for batch in self._read():
-            rows += len(batch)
+        while (batch := next(batches, None)) is not None:
             self._check_version()
+            rows += len(batch)
             yield batch
+            self._check_version()  # before more is read: polars aborts on a file that got shorter
         if rows != len(self):
             raise ValueError(f"{self.path}: expected {len(self)} rows, but {rows} could be read")
 
@@ -170,7 +171,7 @@ def _parquet(path: Path, column: str | None) -> tuple[tuple[int, int], Callable[
             raise ValueError(f"{path}: expected {asked}, got: {', '.join(schema.names())}")
         num_rows = frame.select(pl.len()).collect().item()
         first = frame.select(pl.col(name)).head(1).collect()
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
     dim = len(first.item()) if num_rows else 0
     if dim == 0:
@@ -181,7 +182,7 @@ def _parquet(path: Path, column: str | None) -> tuple[tuple[int, int], Callable[
         for start in range(0, num_rows, step):
             try:
                 rows = frame.select(pl.col(name)).slice(start, step).collect().get_column(name)
-            except pl.exceptions.PolarsError as error:
+            except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
                 raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
             if (
                 rows.null_count()

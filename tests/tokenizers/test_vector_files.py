@@ -61,12 +61,18 @@ def test_dtypes(tmp_path, dtype):
     assert torch.equal(read(open_vectors(path)), X.to(dtype).float())
 
 
-def test_a_file_that_changes_is_noticed(path):
+CHANGES = {
+    "grows": lambda content: content + b"more",
+    "shrinks": lambda content: content[: len(content) // 2],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_file_that_changes_is_noticed(path, change):
     source = open_vectors(path)
     batches = source()
     next(batches)
-    with path.open("ab") as file:
-        file.write(b"more")
+    path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match="changed while it was being read"):
         list(batches)
     with pytest.raises(ValueError, match="changed while it was being read"):
