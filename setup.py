@@ -90,6 +90,7 @@ def torch_extension():
             *("csrc/cpu/harmonized_embedding.h", "csrc/cpu/harmonized_embedding.inl"),
             *("csrc/cpu/floating.h", "csrc/cpu/item_rows.h", "csrc/cpu/sorted_rows.h"),
             *("csrc/cpu/residual_quantize.h", "csrc/cpu/residual_quantize.inl"),
+            "csrc/cpu/residual_quantize_coarse.inl",
             *(CUDA_SOURCE, *CUDA_HEADERS),
         ],
         py_limited_api=True,

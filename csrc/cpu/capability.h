@@ -7,11 +7,14 @@
 
 namespace h2rec {
 
-// portable: whatever the compiler targets by default; the others are x86-64-v3 and x86-64-v4.
-enum class Capability { kPortable, kAvx2, kAvx512 };
+// portable: whatever the compiler targets by default; the others are x86-64-v3, x86-64-v4, and the latter with products of
+// bytes.
+enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Vnni };
 
 inline const char* name_of(Capability capability) {
   switch (capability) {
+    case Capability::kAvx512Vnni:
+      return "avx512vnni";
     case Capability::kAvx512:
       return "avx512";
     case Capability::kAvx2:
@@ -27,7 +30,7 @@ inline Capability detect_capability() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Capability::kAvx512;
+    return __builtin_cpu_supports("avx512vnni") ? Capability::kAvx512Vnni : Capability::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return Capability::kAvx2;
@@ -41,7 +44,7 @@ inline Capability capability() {
   static const Capability chosen = [] {
     const Capability best = detect_capability();
     const char* asked = std::getenv("H2REC_CPU_CAPABILITY");
-    for (const Capability lower : {Capability::kPortable, Capability::kAvx2}) {
+    for (const Capability lower : {Capability::kPortable, Capability::kAvx2, Capability::kAvx512}) {
       if (asked != nullptr && lower < best && std::strcmp(asked, name_of(lower)) == 0) {
         return lower;
       }

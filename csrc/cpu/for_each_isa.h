@@ -41,7 +41,7 @@ constexpr int kVectorBytes = 64;
 #pragma GCC pop_options
 
 #define H2REC_CHOOSE(function)                                          \
-  (::h2rec::capability() == ::h2rec::Capability::kAvx512 ? &::h2rec::avx512::function \
+  (::h2rec::capability() >= ::h2rec::Capability::kAvx512 ? &::h2rec::avx512::function \
    : ::h2rec::capability() == ::h2rec::Capability::kAvx2 ? &::h2rec::avx2::function   \
                                                          : &::h2rec::portable::function)
 

@@ -32,6 +32,15 @@ struct Level {
   T* half_norms;                         // [num_panels * panel width]
 };
 
+// A level in 8 bits (residual_quantize_coarse.inl), and bounds of what that leaves out.
+struct CoarseLevel {
+  std::uint8_t* panels = nullptr;  // [num_panels, dim / 4, panel width, 4]; null: this level has none
+  float* offsets;                  // [num_panels * panel width]
+  float* centre;                   // [dim]
+  float scale;
+  float norm, error, offset, half_norm, codeword_norm, centre_norm;  // the largest of all codewords
+};
+
 template <typename T>
 struct Plan {
   Vectors x;
@@ -42,6 +51,7 @@ struct Plan {
   std::int64_t tile_rows;
   std::int64_t stride;  // of the rows of a tile
   QuantizedVectors out;
+  const CoarseLevel* coarse = nullptr;  // [levels], or null: there are none
 };
 
 }  // namespace
@@ -49,6 +59,19 @@ struct Plan {
 
 #define H2REC_KERNEL "residual_quantize.inl"
 #include "for_each_isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
+namespace h2rec::avx512 {
+namespace {
+#include "residual_quantize_coarse.inl"
+}  // namespace
+}  // namespace h2rec::avx512
+#pragma GCC pop_options
+#endif
 
 namespace h2rec {
 namespace {
@@ -172,6 +195,66 @@ class Tables {
   std::vector<AlignedArray<T>> memory_;
 };
 
+template <typename T>
+using QuantizeRows = void (*)(const Plan<T>&, std::int64_t, std::int64_t, char*);
+
+// Tiles of vectors, each by the next thread that is free.
+template <typename T>
+void quantize_all(const Plan<T>& plan, std::int64_t width, std::int64_t bytes, QuantizeRows<T> quantize_rows,
+                  ParallelFor parallel_for) {
+  const std::int64_t num_tiles = divide_up(plan.x.rows, plan.tile_rows);
+  const std::int64_t tile_work = plan.tile_rows * plan.x.dim * plan.num_panels * width;
+  share_out(num_tiles, grain_for(tile_work), parallel_for, [&](const auto& next_tile) {
+    AlignedArray<char> memory(bytes);
+    for (std::int64_t tile; (tile = next_tile()) < num_tiles;) {
+      quantize_rows(plan, tile * plan.tile_rows, std::min((tile + 1) * plan.tile_rows, plan.x.rows), memory.get());
+    }
+  });
+}
+
+#if defined(__x86_64__)
+constexpr std::int64_t kMinCoarseRows = 64;  // fewer do not pay for rounding the codewords
+constexpr std::int64_t kMinCoarseSize = 32, kMaxCoarseSize = 1 << 14;
+constexpr std::int64_t kMaxCoarseDim = 1 << 16;  // sums of products of bytes fit into 32 bits
+
+bool may_be_coarse(const Level<float>& level) { return level.size >= kMinCoarseSize && level.size <= kMaxCoarseSize; }
+
+bool coarse_pays(const Plan<float>& plan) {
+  return capability() >= Capability::kAvx512Vnni && plan.beam_size == 1 && plan.x.rows >= kMinCoarseRows &&
+         plan.x.dim <= kMaxCoarseDim && std::any_of(plan.levels, plan.levels + plan.num_levels, may_be_coarse);
+}
+
+class CoarseLevels {
+ public:
+  CoarseLevels(const Plan<float>& plan, std::int64_t width, ParallelFor parallel_for)
+      : levels_(plan.num_levels),
+        panel_bytes_(avx512::coarse_panel_bytes(plan.x.dim)),
+        panels_(plan.num_panels * panel_bytes_),
+        offsets_(plan.num_panels * width),
+        centres_(plan.num_levels * plan.x.dim) {
+    const std::int64_t level_work = 8 * plan.x.dim * plan.num_panels * width / plan.num_levels;
+    parallel_for(0, plan.num_levels, grain_for(level_work), [&](std::int64_t first, std::int64_t last) {
+      AlignedArray<std::int8_t> bytes(stride_for<std::int8_t>(plan.x.dim));
+      for (std::int64_t l = first; l < last; ++l) {
+        const Level<float>& level = plan.levels[l];
+        if (!may_be_coarse(level)) continue;
+        levels_[l].panels = panels_.get() + level.first_panel * panel_bytes_;
+        levels_[l].offsets = offsets_.get() + level.first_panel * width;
+        levels_[l].centre = centres_.get() + l * plan.x.dim;
+        avx512::round_level(level, plan.x.dim, bytes.get(), levels_[l]);
+      }
+    });
+  }
+  const CoarseLevel* get() const { return levels_.data(); }
+
+ private:
+  std::vector<CoarseLevel> levels_;
+  std::int64_t panel_bytes_;
+  AlignedArray<std::uint8_t> panels_;
+  AlignedArray<float> offsets_, centres_;
+};
+#endif
+
 }  // namespace
 
 template <typename T>
@@ -204,16 +287,16 @@ void residual_quantize(const Vectors& x, const Codebooks<T>& codebooks, std::int
                                                : 2 * beam_size * plan.stride);
   plan.tile_rows = std::clamp<std::int64_t>(kTileBytes / row_bytes, 1, kMaxTileRows);
   if (beam_size == 1 || plan.tables) plan.tile_rows = H2REC_CHOOSE(round_up_to_rows)(plan.tile_rows);
-  const std::int64_t bytes = H2REC_CHOOSE(tile_bytes<T>)(plan);
-  const auto quantize_rows = H2REC_CHOOSE(quantize_rows<T>);
-  const std::int64_t num_tiles = divide_up(x.rows, plan.tile_rows);
-  const std::int64_t tile_work = plan.tile_rows * x.dim * num_panels * width;
-  share_out(num_tiles, grain_for(tile_work), parallel_for, [&](const auto& next_tile) {
-    AlignedArray<char> memory(bytes);
-    for (std::int64_t tile; (tile = next_tile()) < num_tiles;) {
-      quantize_rows(plan, tile * plan.tile_rows, std::min((tile + 1) * plan.tile_rows, x.rows), memory.get());
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (coarse_pays(plan)) {
+      const CoarseLevels coarse(plan, width, parallel_for);
+      plan.coarse = coarse.get();
+      return quantize_all<T>(plan, width, avx512::coarse_tile_bytes(plan), avx512::quantize_rows_coarsely, parallel_for);
     }
-  });
+  }
+#endif
+  quantize_all<T>(plan, width, H2REC_CHOOSE(tile_bytes<T>)(plan), H2REC_CHOOSE(quantize_rows<T>), parallel_for);
 }
 
 template void residual_quantize(const Vectors&, const Codebooks<float>&, std::int64_t, const QuantizedVectors&,

@@ -281,19 +281,28 @@ struct PathTile {
         where(memory.take<IndexVector<T>>(plan.tile_rows)) {}
 };
 
-// Vectors [first, last): at most tile_rows.
+// Codes of residuals that follow one another, [num_rows] in steps of the number of levels.
 template <typename T>
-static void quantize_tile(const Plan<T>& plan, std::int64_t first, std::int64_t last, const PathTile<T>& tile) {
+static void find_codes(const Plan<T>& plan, const Level<T>& level, const T* rows, std::int64_t num_rows,
+                       const PathTile<T>& tile, std::int32_t* codes) {
+  find_nearest(rows, plan.stride, round_up_to_rows(num_rows), plan.x.dim, level, tile.least, tile.where);
+  for (std::int64_t r = 0; r < num_rows; ++r) {
+    codes[r * plan.num_levels] = lowest_index_of_least<T>(tile.least[r], tile.where[r]);
+  }
+}
+
+// Vectors [first, last): at most tile_rows. find(level, number of rows, codes) finds those of the tile's residuals.
+template <typename T, typename Find>
+static void quantize_tile(const Plan<T>& plan, std::int64_t first, std::int64_t last, const PathTile<T>& tile,
+                          const Find& find) {
   const std::int64_t dim = plan.x.dim, num_rows = last - first;
   load_rows(plan.x, first, last, tile.residuals, plan.stride);
+  std::int32_t* const codes = plan.out.codes + first * plan.num_levels;
   for (std::int64_t l = 0; l < plan.num_levels; ++l) {
-    const Level<T>& level = plan.levels[l];
-    find_nearest(tile.residuals, plan.stride, round_up_to_rows(num_rows), dim, level, tile.least, tile.where);
+    find(l, num_rows, codes + l);
     for (std::int64_t r = 0; r < num_rows; ++r) {
-      const std::int32_t code = lowest_index_of_least<T>(tile.least[r], tile.where[r]);
-      plan.out.codes[(first + r) * plan.num_levels + l] = code;
       T* residual = tile.residuals + r * plan.stride;
-      subtract(residual, level.codewords + code * dim, dim, residual);
+      subtract(residual, plan.levels[l].codewords + codes[r * plan.num_levels + l] * dim, dim, residual);
     }
   }
   for (std::int64_t r = 0; r < num_rows; ++r) store_quantized(plan, first + r, tile.residuals);
@@ -304,6 +313,12 @@ static void quantize_tile(const Plan<T>& plan, std::int64_t first, std::int64_t 
 template <typename T>
 static inline bool any(IndexVector<T> mask) {
   typedef long long Words __attribute__((vector_size(kVectorBytes)));
+#if defined(__AVX512F__)
+  if constexpr (kVectorBytes == 64) {
+    const Words all = reinterpret_cast<Words>(mask);
+    return __builtin_ia32_ptestmq512(all, all, 0xff) != 0;
+  }
+#endif
   const Words words = reinterpret_cast<Words>(mask);
   long long all = 0;
   for (int i = 0; i < kVectorBytes / 8; ++i) all |= words[i];
@@ -329,17 +344,40 @@ struct Candidates {
     pairs[i] = pair;
   }
 
+  void offer(T error, std::int64_t pair) {
+    if (!full() || error < errors[count - 1] || (error == errors[count - 1] && pair < pairs[count - 1])) {
+      insert(error, pair);
+    }
+  }
+
   // Errors of the `num_lanes` pairs from first_pair on. Once the list is full, few vectors hold one that is good enough.
   void offer(Vector<T> lanes, std::int64_t num_lanes, std::int64_t first_pair) {
     if (full() && !any<T>(lanes <= errors[count - 1])) return;
-    for (std::int64_t j = 0; j < num_lanes; ++j) {
-      const std::int64_t pair = first_pair + j;
-      if (!full() || lanes[j] < errors[count - 1] || (lanes[j] == errors[count - 1] && pair < pairs[count - 1])) {
-        insert(lanes[j], pair);
-      }
-    }
+    for (std::int64_t j = 0; j < num_lanes; ++j) offer(lanes[j], first_pair + j);
   }
 };
+
+// At least the count-th least of all lanes of the vectors whose minima, lane by lane, are `minima`: each is one of them.
+template <typename T>
+static T upper_bound(Vector<T> minima, std::int64_t count) {
+  constexpr int kCount = Lanes<T>::kCount;
+  if (count > kCount) return static_cast<T>(__builtin_inf());
+  IndexVector<T> less{};  // how many minima are less than this one
+  for (int j = 0; j < kCount; ++j) less -= Vector<T>{} + minima[j] < minima;
+  T bound = minima[0];
+  for (int j = 0; j < kCount; ++j) bound = less[j] == 0 ? minima[j] : bound;
+  for (int j = 0; j < kCount; ++j) bound = less[j] < count && minima[j] > bound ? minima[j] : bound;
+  return bound;
+}
+
+template <typename T>
+static std::int64_t most_panels(const Plan<T>& plan) {
+  std::int64_t most = 0;
+  for (std::int64_t l = 0; l < plan.num_levels; ++l) {
+    most = plan.levels[l].num_panels > most ? plan.levels[l].num_panels : most;
+  }
+  return most;
+}
 
 // The paths of a tile's vectors, best first: path b of vector v is number v * beams + b.
 template <typename T>
@@ -351,6 +389,7 @@ struct BeamTile {
   std::int64_t* candidate_pairs;     // [paths]
   Candidates<T>* candidates;         // [vectors]
   T* scores;                         // [kRows, kPanel]; with plan.tables [vectors, codewords of all levels, padded]
+  T* pair_errors;                    // with plan.tables [paths of a vector, codewords of a level, padded]
 
   BeamTile(const Plan<T>& plan, Carver& memory) {
     const std::int64_t paths = plan.tile_rows * plan.beam_size;
@@ -364,6 +403,7 @@ struct BeamTile {
     candidate_pairs = memory.take<std::int64_t>(paths);
     candidates = memory.take<Candidates<T>>(plan.tile_rows);
     scores = memory.take<T>(plan.tables ? num_rows * plan.num_panels * kPanel<T> : kRows * kPanel<T>);
+    pair_errors = memory.take<T>(plan.tables ? plan.beam_size * most_panels(plan) * kPanel<T> : 0);
   }
 };
 
@@ -392,18 +432,37 @@ static void offer_by_residuals(const Plan<T>& plan, const Level<T>& level, std::
 // Scores of the vectors themselves, mended by the products of the codewords chosen so far with those of this level.
 template <typename T>
 static void offer_by_tables(const Plan<T>& plan, std::int64_t l, std::int64_t num_vectors, const BeamTile<T>& tile) {
+  constexpr std::int64_t kCount = Lanes<T>::kCount;
   const Level<T>& level = plan.levels[l];
-  for (std::int64_t path = 0; path < num_vectors * tile.beams; ++path) {
-    const std::int64_t v = path / tile.beams;
+  const std::int64_t padded = level.num_panels * kPanel<T>;
+  for (std::int64_t v = 0; v < num_vectors; ++v) {
     const T* scores = tile.scores + (v * plan.num_panels + level.first_panel) * kPanel<T>;
-    for (std::int64_t code = 0; code < level.size; code += Lanes<T>::kCount) {
-      Vector<T> errors = tile.errors[path] + *reinterpret_cast<const Vector<T>*>(scores + code);
+    Candidates<T>& candidates = tile.candidates[v];
+    Vector<T> minima = Vector<T>{} + static_cast<T>(__builtin_inf());
+    for (std::int64_t b = 0; b < tile.beams; ++b) {
+      const std::int64_t path = v * tile.beams + b;
+      T* const errors = tile.pair_errors + b * padded;
+      for (std::int64_t code = 0; code < padded; ++code) errors[code] = tile.errors[path] + scores[code];
       for (std::int64_t j = 0; j < l; ++j) {
-        const T* products =
-            plan.tables[l * plan.num_levels + j] + tile.codes[path * plan.num_levels + j] * level.num_panels * kPanel<T>;
-        errors -= *reinterpret_cast<const Vector<T>*>(products + code);
+        const std::int64_t earlier = tile.codes[path * plan.num_levels + j];
+        subtract(errors, plan.tables[l * plan.num_levels + j] + earlier * padded, padded, errors);
       }
-      tile.candidates[v].offer(errors, min(level.size - code, Lanes<T>::kCount), path % tile.beams * level.size + code);
+      for (std::int64_t code = 0; code < padded; code += kCount) {
+        const Vector<T> sums = *reinterpret_cast<const Vector<T>*>(errors + code);
+        minima = sums < minima ? sums : minima;
+      }
+    }
+    const T bound = upper_bound<T>(minima, candidates.capacity);
+    for (std::int64_t b = 0; b < tile.beams; ++b) {
+      const T* const errors = tile.pair_errors + b * padded;
+      for (std::int64_t code = 0; code < padded; code += kPanel<T>) {
+        const Vector<T>* panel = reinterpret_cast<const Vector<T>*>(errors + code);
+        const Vector<T> least = panel[0] < panel[1] ? panel[0] : panel[1];
+        if (!any<T>(~(least > bound))) continue;  // NaN, which no bound keeps out, goes on
+        for (std::int64_t k = code; k < min(code + kPanel<T>, level.size); ++k) {
+          if (!(errors[k] > bound)) candidates.offer(errors[k], b * level.size + k);
+        }
+      }
     }
   }
 }
@@ -500,7 +559,10 @@ template <typename T>
 static void quantize_rows(const Plan<T>& plan, std::int64_t first, std::int64_t last, char* memory) {
   Carver carver(memory);
   if (plan.beam_size == 1) {
-    quantize_tile(plan, first, last, PathTile<T>(plan, carver));
+    const PathTile<T> tile(plan, carver);
+    quantize_tile(plan, first, last, tile, [&](std::int64_t l, std::int64_t num_rows, std::int32_t* codes) {
+      find_codes(plan, plan.levels[l], tile.residuals, num_rows, tile, codes);
+    });
   } else {
     search_tile(plan, first, last, BeamTile<T>(plan, carver));
   }

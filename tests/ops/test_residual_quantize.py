@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from h2rec import ops, use_backend
+from h2rec.ops import _backends
 from h2rec.testing import assert_nearest_codes
 
 OPERATOR = "residual_quantize"
@@ -190,6 +191,14 @@ def test_a_beam_wider_than_all_paths(backend, device, generator):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_codes_exist_even_where_distances_overflow(backend, beam_size, device, generator):
+    x, codebooks = make_inputs((70, 24, [40, 40]), torch.float32, device, generator)
+    _, codes = ops.residual_quantize(1e30 * x, [1e30 * book for book in codebooks], beam_size=beam_size)
+    assert codes.min() >= 0
+    assert codes.max() < 40
+
+
 def test_rows_far_apart_in_memory(backend, device, generator):
     wide = np.zeros((2, 2**31 + 5), dtype=np.float16)  # what nothing touches costs no memory
     x = torch.from_numpy(wide)[:, :4]
@@ -215,7 +224,7 @@ def test_codewords_that_are_not_finite_count_as_in_the_reference(backend, beam_s
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512vnni"])
 def test_every_instruction_set(capability):
     """The tests of numbers once more, in a process that uses nothing wider."""
     numbers = "cpp and (nearest or ties or beam or half or strided)"
@@ -223,6 +232,83 @@ def test_every_instruction_set(capability):
     environment = os.environ | {"H2REC_CPU_CAPABILITY": capability}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode in (0, 5), result.stdout  # 5: no test, for the extension is not built
+
+
+def hard_cases(generator):
+    """Vectors and codebooks for which 8 bits say little, nothing, or the wrong thing."""
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def levels(num_levels, size, dim):
+        return [normal(size, dim) / 2**level for level in range(num_levels)]
+
+    x, books = normal(500, 128), levels(3, 256, 128)
+    exponents = torch.empty(500, 1).uniform_(-40, 30, generator=generator)
+    pairs = torch.randint(0, 256, (2, 500), generator=generator)
+    between = (books[0][pairs[0]] + books[0][pairs[1]]) / 2
+    outlier = [books[0].clone()]
+    outlier[0][3, 5] = 1e6
+    yield "plain", x, books
+    yield "half", x.half(), books
+    yield "bfloat16", x.bfloat16(), books
+    yield "strided", normal(300, 256)[::2, 1::2], books
+    yield "codewords", books[0][pairs[0]], books
+    yield "between two codewords", between, books
+    yield "almost between two codewords", between + 1e-6 * normal(500, 128), books
+    yield "each codeword three times", x, [book.repeat(3, 1) for book in books]
+    yield "codewords that differ little", x, [1 + 1e-6 * normal(300, 128)]
+    yield "codewords that do not differ", x, [torch.ones(300, 128)]
+    yield "zeros", torch.zeros(100, 128), books
+    yield (
+        "small integers",
+        torch.randint(-2, 3, (500, 6), generator=generator).float(),
+        [torch.randint(-2, 3, (200, 6), generator=generator).float()] * 2,
+    )
+    yield "one huge number", x, outlier
+    for offset in (1.0, 30.0, 1e3, 1e6):
+        yield f"offset {offset}", x + offset, [books[0] + offset, *books[1:]]
+    for scale in (1e-42, 1e-38, 1e-30, 1e-19, 1e-16, 1e-9, 1e9, 1e17, 1e18, 1e19, 1e30, 1e37):
+        yield f"scale {scale}", scale * x, [scale * book for book in books]
+        yield f"vectors scaled by {scale}", scale * x, books
+        yield f"codewords scaled by {scale}", x, [scale * book for book in books]
+    yield "every row of another scale", 10.0**exponents * x, books
+    for dim in (1, 2, 3, 5, 15, 16, 17, 63, 65, 100, 1000):
+        yield f"dimension {dim}", normal(130, dim), levels(2, 77, dim)
+    yield "beyond the sums of products of bytes", normal(64, 70_000), levels(1, 33, 70_000)
+    yield "ragged", normal(129, 37), [normal(size, 37) for size in (5, 300, 1, 31, 32, 33)]
+    yield "16 levels", normal(100, 24), levels(16, 40, 24)
+    yield "10,000 codewords", normal(80, 20), levels(1, 10_000, 20)
+    yield "20,000 codewords", normal(80, 20), levels(1, 20_000, 20)
+    yield "few rows", x[:63], books
+    yield "just enough rows", x[:64], books
+
+
+QUANTIZE_CASES = """
+import sys, torch
+from h2rec import ops
+cases = torch.load(sys.argv[1], weights_only=True)
+torch.save([ops.residual_quantize(x, books)[1] for _, x, books in cases], sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(_backends.extension_error() is not None, reason="h2rec._C is not built")
+def test_products_of_bytes_change_no_code(tmp_path, generator):
+    if torch.ops.h2rec.cpu_capability() != "avx512vnni":
+        pytest.skip("this processor has no AVX512-VNNI")
+    cases = list(hard_cases(generator))
+    torch.save(cases, tmp_path / "cases.pt")
+    subprocess.run(
+        [sys.executable, "-c", QUANTIZE_CASES, tmp_path / "cases.pt", tmp_path / "codes.pt"],
+        env=os.environ | {"H2REC_CPU_CAPABILITY": "avx512", "H2REC_BACKEND": "cpp"},
+        check=True,
+    )
+    for (name, x, books), expected in zip(
+        cases, torch.load(tmp_path / "codes.pt", weights_only=True), strict=True
+    ):
+        with use_backend("cpp"):
+            _, codes = ops.residual_quantize(x, books)
+        assert torch.equal(codes, expected), f"{name}: {(codes != expected).any(1).sum()} of {len(x)} rows"
 
 
 X, C = torch.zeros(3, 4), torch.zeros(2, 5, 4)
