@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from h2rec.ops import _backends, _cpp
 from h2rec.ops.residual_quantize import residual_quantize
 from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 
@@ -217,7 +218,10 @@ def _plus_plus(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _nearest(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) -> Tensor:
-    """``[B]`` int64; without the sum of codewords and the checks that :func:`residual_quantize` adds."""
+    """``[B]`` int64; without the checks of :func:`residual_quantize`."""
+    quantize = _backends.choose("residual_quantize", rows.device.type)
+    if prices is None and quantize is _cpp.residual_quantize:
+        return quantize(rows, codebook, [len(codebook)], 1)[1].squeeze(1).long()
     offsets = codebook.square().sum(1)
     if prices is not None:
         offsets += prices

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from h2rec.ops.kmeans import _leading_directions, _lloyd_step, fit_codebooks
+from h2rec.ops.kmeans import _leading_directions, _lloyd_step, _nearest, fit_codebooks
 
 
 def clustered(num_rows=500, num_clusters=8, dim=5, spread=0.01, seed=0):
@@ -85,6 +85,13 @@ def test_memory_stream_and_memory_map_agree(tmp_path):
     for books in results[1:]:
         for actual, expected in zip(books, results[0], strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+def test_prices_of_nothing_change_nothing(device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 40, generator=generator).to(device)
+    codebook = torch.randn(64, 40, generator=generator).to(device)
+    assert torch.equal(_nearest(x, codebook), _nearest(x, codebook, torch.zeros(64, device=device)))
 
 
 @pytest.fixture
