@@ -154,10 +154,12 @@ def compare_calls(
     shape: str,
     device: torch.device,
     rate: Rate | None = None,
-    memory: bool = False,
+    memory: bool | Callable[[Call, torch.device], int | None] = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Check that the columns agree, time them in turns and, if asked, measure the peak memory of one call of each.
+
+    `memory` may be the measure; True is `peak_extra_bytes`.
 
     Raises ValueError when `baseline` is not among `calls`, and Disagreement, with nothing timed, when a check fails.
     """
@@ -174,9 +176,8 @@ def compare_calls(
     others_cpus = disturbance.cpus()
     yardstick = columns.pop() if rate is not None else None
     if memory:
-        columns = [
-            Column(c.name, c.seconds, c.loops, peak_extra_bytes(calls[c.name], device)) for c in columns
-        ]
+        peak = peak_extra_bytes if memory is True else memory
+        columns = [Column(c.name, c.seconds, c.loops, peak(calls[c.name], device)) for c in columns]
     return Comparison(
         operator, case, shape, str(device), baseline, tuple(columns), rate, yardstick, others_cpus
     )

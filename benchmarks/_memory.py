@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,28 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
     before = _status_bytes("VmRSS")
     call()
     return max(0, _status_bytes("VmHWM") - before)
+
+
+def peak_anonymous_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """As `peak_extra_bytes` on the CPU, without pages of files; from samples, as the kernel keeps no such mark."""
+    if not _forget_the_past():
+        return None
+    before = _status_bytes("RssAnon")
+    peak, done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(1e-3):
+            peak = max(peak, _status_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return max(peak, _status_bytes("RssAnon")) - before
 
 
 def _forget_the_past() -> bool:

@@ -25,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"comma-separated, of {', '.join(SHAPE_NAMES)} (default: small,paper)",
     )
     parser.addoption(
+        "--vectors", type=Path, help=".npy file of vectors [N, D] to learn codebooks from (default: made up)"
+    )
+    parser.addoption(
         "--bench-output",
         type=Path,
         default=Path(__file__).parent / "results",
@@ -100,7 +103,7 @@ def compare(request, device, benchmark) -> Callable[..., Comparison]:
         baseline: str,
         agree: Callable[[Any, Any], None],
         rate: Rate | None = None,
-        memory: bool = False,
+        memory: bool | Callable[[Call, torch.device], int | None] = False,
     ) -> Comparison:
         comparison = compare_calls(
             calls,
