@@ -21,7 +21,10 @@ from setuptools.command.build_ext import build_ext
 MODES = ("", "0", "1", "cuda")
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
 CUDA_SOURCE = "csrc/cuda/residual_quantize.cu"
-CUDA_HEADERS = ["csrc/cuda/device.h", "csrc/cuda/residual_quantize.h"]
+CUDA_HEADERS = [
+    f"csrc/cuda/{name}.h"
+    for name in ("device", "load_store", "products", "residual_quantize", "rows", "warp")
+]
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"),
     *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)),

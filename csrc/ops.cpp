@@ -377,29 +377,35 @@ static h2rec::cuda::Dtype cuda_dtype(ScalarType type) {
   }
 }
 
-static std::tuple<Tensor, Tensor> cuda_residual_quantize(const Tensor& any_x, const Tensor& any_codebooks,
-                                                         const Tensor& sizes) {
-  const std::int32_t device = any_x.get_device_index();
+// codebooks are contiguous, in the dtype of the arithmetic.
+static std::tuple<Tensor, Tensor> cuda_residual_quantize(Tensor x, Tensor codebooks, std::vector<int64_t> sizes,
+                                                         int64_t beam_size) {
+  STD_TORCH_CHECK(beam_size <= h2rec::cuda::kMaxBeamSize, "beam_size must be at most ", h2rec::cuda::kMaxBeamSize);
+  STD_TORCH_CHECK(codebooks.size(0) < INT32_MAX / beam_size, "codebooks have too many rows: ", codebooks.size(0));
+  const std::int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor x = torch::stable::contiguous(any_x), codebooks = torch::stable::contiguous(any_codebooks);
-  const auto compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(codebooks.scalar_type() == compute, "codebooks must have the type of the arithmetic");
-  STD_TORCH_CHECK(x.dim() == 2 && codebooks.dim() == 2 && x.size(1) == codebooks.size(1), "x [N, D], codebooks [M, D]");
-  STD_TORCH_CHECK(sizes.scalar_type() == ScalarType::Long && sizes.is_contiguous(), "sizes must be int64");
-  Tensor quantized = torch::stable::empty_like(x);
-  Tensor codes = torch::stable::new_empty(x, {x.size(0), sizes.size(0)}, ScalarType::Int);
-  const auto aligned = [](const Tensor& tensor) { return reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) % 16 == 0; };
-  const int error = h2rec::cuda::residual_quantize(
-      {x.data_ptr(), codebooks.data_ptr(), static_cast<const std::int64_t*>(sizes.data_ptr()), quantized.data_ptr(),
-       static_cast<std::int32_t*>(codes.data_ptr()), x.size(0), x.size(1), static_cast<int>(sizes.size(0)),
-       cuda_dtype(x.scalar_type()), x.size(1) % 4 == 0 && aligned(x) && aligned(codebooks)},
-      current_cuda_stream(device));
+  const auto num_levels = static_cast<int>(sizes.size());
+  Tensor quantized = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor codes = torch::stable::new_empty(x, {x.size(0), num_levels}, ScalarType::Int);
+  const h2rec::cuda::ResidualQuantizeArgs args{
+      h2rec::cuda::make_rows(x.data_ptr(), cuda_dtype(x.scalar_type()), x.stride(0), x.stride(1), x.size(1)),
+      x.size(0),
+      codebooks.data_ptr(),
+      sizes.data(),
+      num_levels,
+      cuda_dtype(codebooks.scalar_type()),
+      quantized.data_ptr(),
+      codes.mutable_data_ptr<int32_t>()};
+  const h2rec::cuda::ResidualQuantizePlan plan = h2rec::cuda::plan_residual_quantize(args, static_cast<int>(beam_size));
+  Tensor workspace = torch::stable::new_empty(x, {h2rec::cuda::workspace_bytes(args, plan)}, ScalarType::Byte);
+  const int error =
+      h2rec::cuda::residual_quantize(args, plan, workspace.data_ptr(), current_cuda_stream(device));
   STD_TORCH_CHECK(error == 0, "residual_quantize could not be started: cudaError ", error);
   return {quantized, codes};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(h2rec, m) {
-  m.def("_cuda_residual_quantize(Tensor x, Tensor codebooks, Tensor sizes) -> (Tensor, Tensor)");
+  m.def("_cuda_residual_quantize(Tensor x, Tensor codebooks, int[] sizes, int beam_size) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(h2rec, CUDA, m) { m.impl("_cuda_residual_quantize", TORCH_BOX(&cuda_residual_quantize)); }

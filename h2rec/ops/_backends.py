@@ -22,12 +22,14 @@ _CPP_OPERATORS: tuple[str, ...] = ("residual_quantize", "harmonized_embedding", 
 _TRITON_OPERATORS: tuple[str, ...] = ("harmonized_embedding",)
 _CUDA_OPERATORS: tuple[str, ...] = ("residual_quantize",)
 
+_MAX_CUDA_BEAM = 32  # h2rec::cuda::kMaxBeamSize
 
-def _why_not_reference(operator: str, device_type: str) -> str | None:
+
+def _why_not_reference(operator: str, device_type: str, beam_size: int) -> str | None:
     return None
 
 
-def _why_not_cpp(operator: str, device_type: str) -> str | None:
+def _why_not_cpp(operator: str, device_type: str, beam_size: int) -> str | None:
     if operator not in _CPP_OPERATORS:
         return "its C++ kernel is not written yet"
     if device_type != "cpu":
@@ -41,7 +43,7 @@ def _why_not_cpp(operator: str, device_type: str) -> str | None:
     return None
 
 
-def _why_not_triton(operator: str, device_type: str) -> str | None:
+def _why_not_triton(operator: str, device_type: str, beam_size: int) -> str | None:
     if operator not in _TRITON_OPERATORS:
         return "its Triton kernel is not written yet"
     if reason := triton_error():
@@ -51,16 +53,18 @@ def _why_not_triton(operator: str, device_type: str) -> str | None:
     return None
 
 
-def _why_not_cuda(operator: str, device_type: str) -> str | None:
+def _why_not_cuda(operator: str, device_type: str, beam_size: int) -> str | None:
     if operator not in _CUDA_OPERATORS:
         return "its CUDA kernel is not written yet"
     if device_type != "cuda":
         return f"it runs on CUDA devices, not on {device_type}"
+    if beam_size > _MAX_CUDA_BEAM:
+        return f"it keeps at most {_MAX_CUDA_BEAM} paths of a row, not {beam_size}"
     return extension_error() or _why_no_cuda_code()
 
 
 # In order of preference.
-_WHY_NOT: dict[str, Callable[[str, str], str | None]] = {
+_WHY_NOT: dict[str, Callable[[str, str, int], str | None]] = {
     "cuda": _why_not_cuda,
     "triton": _why_not_triton,
     "cpp": _why_not_cpp,
@@ -111,31 +115,34 @@ def _triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(backend: str, operator: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot serve ``operator`` on this kind of device, or None if it can."""
-    return _WHY_NOT[backend](operator, device_type)
+def why_not(backend: str, operator: str, device_type: str, beam_size: int = 1) -> str | None:
+    """Why ``backend`` cannot serve ``operator`` on this kind of device, or None if it can.
+
+    ``beam_size`` is of account to ``residual_quantize`` only.
+    """
+    return _WHY_NOT[backend](operator, device_type, beam_size)
 
 
-def usable(operator: str, device_type: str) -> list[str]:
+def usable(operator: str, device_type: str, beam_size: int = 1) -> list[str]:
     """The backends that can serve, in order of preference: an interpreter comes last, for it is slow and for tests."""
-    serving = [backend for backend in BACKENDS if why_not(backend, operator, device_type) is None]
+    serving = [backend for backend in BACKENDS if why_not(backend, operator, device_type, beam_size) is None]
     return sorted(serving, key=lambda backend: backend == "triton" and _triton_is_interpreted())
 
 
-def choose(function: str, device_type: str) -> Callable:
+def choose(function: str, device_type: str, beam_size: int = 1) -> Callable:
     """The implementation of ``function`` (an operator, or its ``_backward``) by the requested or the best backend."""
     requested = _requested or os.environ.get("H2REC_BACKEND") or None
-    return _choose(function, device_type, requested)
+    return _choose(function, device_type, requested, beam_size)
 
 
 @functools.cache
-def _choose(function: str, device_type: str, requested: str | None) -> Callable:
+def _choose(function: str, device_type: str, requested: str | None, beam_size: int) -> Callable:
     operator = function.removesuffix("_backward")
     if requested is None:
-        backend = usable(operator, device_type)[0]
+        backend = usable(operator, device_type, beam_size)[0]
     else:
         backend = _check_name("H2REC_BACKEND", requested)
-        if reason := why_not(backend, operator, device_type):
+        if reason := why_not(backend, operator, device_type, beam_size):
             raise RuntimeError(f"backend {backend!r} cannot serve {operator}: {reason}")
     return getattr(importlib.import_module(_MODULES[backend]), function)
 

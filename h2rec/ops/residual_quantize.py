@@ -1,5 +1,6 @@
 """Nearest codewords level by level: vectors to codes, and to the sum of the chosen codewords."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,10 +49,16 @@ def _check(x: Tensor, codebooks: Tensor, sizes: list[int], beam_size: int) -> No
     torch._check_value(beam_size >= 1, lambda: f"beam_size must be at least 1, got {beam_size}")
 
 
+def narrow_beam(sizes: Sequence[int], beam_size: int) -> int:
+    """The widest beam that makes a difference: there are no more paths before the last level."""
+    return min(beam_size, math.prod(sizes[:-1]))
+
+
 def _kernel(x: Tensor, codebooks: Tensor, sizes: list[int], beam_size: int) -> tuple[Tensor, Tensor]:
     _check(x, codebooks, sizes, beam_size)
     check_finite_rows("x", x)
-    return _backends.choose("residual_quantize", x.device.type)(x, codebooks, sizes, beam_size)
+    beam_size = narrow_beam(sizes, beam_size)
+    return _backends.choose("residual_quantize", x.device.type, beam_size)(x, codebooks, sizes, beam_size)
 
 
 def _fake(x: Tensor, codebooks: Tensor, sizes: list[int], beam_size: int) -> tuple[Tensor, Tensor]:

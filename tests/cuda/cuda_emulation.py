@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,27 +44,50 @@ def _library() -> ctypes.CDLL:
 
 
 def residual_quantize(
-    x: Tensor, codebooks: Tensor, sizes: list[int], beam_size: int
+    x: Tensor,
+    codebooks: Tensor,
+    sizes: list[int],
+    beam_size: int,
+    *,
+    tables: bool | None = None,
+    capacity: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What h2rec.ops._cuda and csrc/ops.cpp do, for tensors on the CPU."""
-    assert beam_size == 1
-    wide = torch.float64 in (x.dtype, codebooks.dtype)
-    compute = torch.float64 if wide else torch.float32
-    dtype = x.dtype
-    x = (x.double() if wide else x).contiguous()
+    """What h2rec.ops._cuda and csrc/ops.cpp do, for tensors on the CPU; ``tables`` and ``capacity`` as in csrc/cuda."""
+    compute = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
     codebooks = codebooks.to(compute).contiguous()
-    quantized = torch.empty_like(x)
+    quantized = torch.empty_like(x, memory_format=torch.contiguous_format)
     codes = x.new_empty((x.shape[0], len(sizes)), dtype=torch.int32)
-    size_array = (ctypes.c_int64 * len(sizes))(*sizes)
-    vectorised = x.shape[1] % 4 == 0 and x.data_ptr() % 16 == codebooks.data_ptr() % 16 == 0
     error = _library().h2rec_residual_quantize(
-        *map(ctypes.c_void_p, (x.data_ptr(), codebooks.data_ptr())),
-        size_array,
-        *map(ctypes.c_void_p, (quantized.data_ptr(), codes.data_ptr())),
-        *map(ctypes.c_int64, x.shape),
-        len(sizes),
+        ctypes.c_void_p(x.data_ptr()),
         _DTYPES.index(x.dtype),
-        ctypes.c_bool(vectorised),
+        *map(ctypes.c_int64, (*x.stride(), *x.shape)),
+        ctypes.c_void_p(codebooks.data_ptr()),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        len(sizes),
+        _DTYPES.index(compute),
+        beam_size,
+        -1 if tables is None else int(tables),
+        -1 if capacity is None else capacity,
+        *map(ctypes.c_void_p, (quantized.data_ptr(), codes.data_ptr())),
     )
     assert error == 0, f"cudaError {error}, see stderr"
-    return quantized.to(dtype), codes
+    return quantized, codes
+
+
+class Plan(NamedTuple):
+    tables: bool
+    workspace_bytes: int
+
+
+def plan_residual_quantize(num_rows: int, dim: int, sizes: list[int], beam_size: int) -> Plan:
+    """What csrc/cuda chooses for fp32 vectors."""
+    tables, workspace_bytes = ctypes.c_bool(), ctypes.c_int64()
+    _library().h2rec_plan_residual_quantize(
+        *map(ctypes.c_int64, (num_rows, dim)),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        len(sizes),
+        beam_size,
+        ctypes.byref(tables),
+        ctypes.byref(workspace_bytes),
+    )
+    return Plan(tables.value, workspace_bytes.value)

@@ -11,8 +11,25 @@ import pytest
 
 NVCC = shutil.which("nvcc")
 SOURCE = cuda_emulation.CUDA_SOURCES / "residual_quantize.cu"
-# At 128 threads a block: four blocks of a multiprocessor's 65,536 registers, and three.
-REGISTERS = {"IfE": 128, "IdE": 168}
+# At 128 threads a block: of a multiprocessor's 65,536 registers, 128 leave room for four blocks and 168 for three.
+REGISTERS = {
+    "search_kernelIf": 128,
+    "search_kernelId": 128,
+    "table_kernelIf": 96,
+    "table_kernelId": 168,
+    "prepare_level_kernelIf": 40,
+    "prepare_level_kernelId": 40,
+}
+# Of the search: 16-byte loads from global and to shared memory, matrix operands from shared memory, matrix products.
+INSTRUCTIONS = (
+    "LDG.E.128",
+    "LDGSTS.E.BYPASS.128",
+    "LDSM.16",
+    "HMMA.16816.F32",
+    "LDS.128",
+    "SHFL.BFLY",
+    "VOTE.ANY",
+)
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
 
@@ -29,9 +46,10 @@ def compiled(request, tmp_path_factory) -> tuple[Path, str]:
 
 def test_resources(compiled):
     _, report = compiled
+    assert report.count("Compiling entry function") == len(REGISTERS)
     for kernel, limit in REGISTERS.items():
         (used,) = re.findall(
-            rf"Compiling entry function '\w*kernel{kernel}.*?Used (\d+) registers", report, re.S
+            rf"Compiling entry function '\w*\d{kernel}E.*?Used (\d+) registers", report, re.S
         )
         assert int(used) <= limit, kernel
     for spilled in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report):
@@ -48,6 +66,8 @@ def test_instructions(compiled):
     listing = subprocess.run(
         [nvdisasm, "-c", str(compiled[0])], capture_output=True, text=True, check=True
     ).stdout
-    for instruction in ("LDG.E.128", "LDS.128", "STS.128", "FFMA", "DFMA", "SHFL.BFLY"):
-        assert instruction in listing, instruction
+    sections = re.split(r"^//-+ ", listing, flags=re.M)
+    (search,) = (s for s in sections if re.match(r"\.text\.\w*search_kernelIf", s))
+    for instruction in INSTRUCTIONS:
+        assert instruction in search, instruction
     assert not re.search(r"\b(LDL|STL)\b", listing)  # local memory

@@ -45,6 +45,13 @@ def test_the_environment_requests_a_backend(monkeypatch):
         quantize()
 
 
+def test_a_beam_may_be_too_wide_for_a_backend():
+    reason = _backends.why_not("cuda", "residual_quantize", "cuda", 33)
+    assert reason == "it keeps at most 32 paths of a row, not 33"
+    assert reason != _backends.why_not("cuda", "residual_quantize", "cuda", 32)
+    assert "cuda" not in _backends.usable("residual_quantize", "cuda", 33)
+
+
 def test_unknown_backend():
     with (
         pytest.raises(ValueError, match=r"name must be one of 'cuda', .* got 'tpu'"),
@@ -57,7 +64,7 @@ def test_the_best_usable_backend_serves(monkeypatch):
     def serve(*arguments):
         return "served"
 
-    monkeypatch.setattr(_backends, "usable", lambda operator, device_type: ["reference"])
+    monkeypatch.setattr(_backends, "usable", lambda operator, device_type, beam_size: ["reference"])
     monkeypatch.setattr("h2rec.reference.residual_quantize", serve)
     assert _backends.choose("residual_quantize", "cpu") is serve
 
