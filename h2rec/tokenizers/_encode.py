@@ -63,13 +63,8 @@ def encode(
     provenance: dict[str, object],
     progress: OnEncode | None = None,
     folder: str | os.PathLike[str] | None = None,
-    origin: tuple[object, VectorSource] | None = None,
 ) -> SemanticIds:
-    """Semantic IDs of ``vectors [N, D]``; of the vectors, one batch is in memory.
-
-    With a ``folder``, codes are kept there batch by batch. ``origin`` is what the vectors are computed from, and by
-    what; None if they are what the user gave.
-    """
+    """Semantic IDs of ``vectors [N, D]``; one batch of them is in memory. Codes are kept in ``folder``."""
     if codebooks is None:
         raise RuntimeError("fit must be called before tokenize")
     dim, batch_size = codebooks[0].shape[1], min(batch_size, _MOST_ROWS)
@@ -77,9 +72,7 @@ def encode(
     total = num_rows(vectors)
     checkpoint = None
     if folder is not None:
-        transform, vectors_given = origin or ("", vectors)
-        settings = [digest(codebooks), beam_size, batch_size, transform]
-        checkpoint = Checkpoint(folder, "codes", settings, vectors_given)
+        checkpoint = Checkpoint(folder, "codes", [digest(codebooks), beam_size, batch_size], vectors)
     # One buffer that grows: tensors kept from each batch would pin the heap between the batches' own.
     codes = bytearray(checkpoint.read_blocks(batch_size * row_bytes) if checkpoint else b"")
     resumed = len(codes) // row_bytes

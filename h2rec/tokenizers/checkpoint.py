@@ -15,7 +15,6 @@ from torch import Tensor
 from h2rec._files import save_safetensors, writing
 from h2rec._version import __version__
 from h2rec.ops.vector_batches import VectorSource, check_repeatable
-from h2rec.tokenizers.vector_files import VectorFile
 
 _BLOCK_ROWS = 65_536
 _STAGES = ("fit", "codes")
@@ -36,7 +35,7 @@ class Checkpoint:
         self, folder: str | os.PathLike[str], stage: str, settings: object, vectors: VectorSource
     ) -> None:
         check_repeatable(vectors)
-        key = json.dumps([__version__, settings, _fingerprint(vectors)])
+        key = json.dumps([__version__, settings, fingerprint(vectors)])
         self.folder, self.stage = Path(folder), stage
         self.path = self.folder / f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -76,7 +75,7 @@ class Checkpoint:
     def _start(self) -> None:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for other in self.folder.glob(f"{self.stage}-*"):
+        for other in _files(self.folder, self.stage):
             if other != self.path:
                 other.unlink()
 
@@ -85,10 +84,15 @@ def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
     """Deletes what tokenizers kept in ``folder``, and the folder if nothing else is in it."""
     folder = Path(folder)
     for stage in _STAGES:
-        for file in folder.glob(f"{stage}-*"):
+        for file in _files(folder, stage):
             file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _files(folder: Path, stage: str) -> list[Path]:
+    """Of any settings and vectors, and what a killed process was about to write."""
+    return [*folder.glob(f"{stage}-*"), *folder.glob(f".{stage}-*.partial")]
 
 
 def digest(arrays: Iterable[Tensor | np.ndarray]) -> str:
@@ -104,10 +108,10 @@ def digest(arrays: Iterable[Tensor | np.ndarray]) -> str:
     return hashed.hexdigest()
 
 
-def _fingerprint(vectors: VectorSource) -> list[object]:
-    """What tells these vectors from others: of a file name, size and time of change; of a function its first batch."""
-    if isinstance(vectors, VectorFile):
-        return [str(vectors.path.resolve()), *vectors.shape, *vectors.version]
+def fingerprint(vectors: VectorSource) -> list[object]:
+    """What tells these vectors from others, as JSON; of a function that does not say it by itself, its first batch."""
+    if hasattr(vectors, "fingerprint"):
+        return vectors.fingerprint()
     if not isinstance(vectors, Tensor | np.ndarray):
         vectors = next(iter(vectors() if callable(vectors) else vectors), np.zeros(0, np.float32))
     return [digest([vectors])]

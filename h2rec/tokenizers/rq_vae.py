@@ -18,7 +18,7 @@ from h2rec.layers import ResidualQuantizer
 from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers._encode import OnEncode, encode, level_sizes, num_rows
-from h2rec.tokenizers.checkpoint import Checkpoint, digest
+from h2rec.tokenizers.checkpoint import Checkpoint, digest, fingerprint
 
 _FORMAT = "h2rec.rq_vae"
 # Batches that are in memory at a time, and whose rows are shuffled.
@@ -272,9 +272,6 @@ class RQVAE(nn.Module):
             "codebooks": "ema" if self.codewords is None else "gradient",
             "sinkhorn": self.sinkhorn,
         }
-        origin = None
-        if checkpoint is not None:
-            origin = (digest(self.encoder.parameters()), vectors)
         return encode(
             self.codebooks,
             self.latents(vectors),
@@ -283,7 +280,6 @@ class RQVAE(nn.Module):
             provenance=provenance,
             progress=progress,
             folder=checkpoint,
-            origin=origin,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -335,6 +331,9 @@ class Latents:
         if (rows := num_rows(self.vectors)) is None:
             raise TypeError("these vectors do not say how many they are")
         return rows
+
+    def fingerprint(self) -> list[object]:
+        return [digest(self.model.encoder.parameters()), *fingerprint(self.vectors)]
 
     def __call__(self) -> Iterator[Tensor]:
         device = next(self.model.parameters()).device

@@ -39,6 +39,10 @@ class VectorFile:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def fingerprint(self) -> list[object]:
+        """What tells this file, as it is now, from others."""
+        return [str(self.path.resolve()), *self.shape, *self.version]
+
     def __call__(self) -> Iterator[Tensor]:
         rows, batches = 0, self._read()
         self._check_version()

@@ -125,6 +125,7 @@ def test_a_file_that_was_written_again_starts_anew(tmp_path):
 def test_remove_checkpoints_leaves_other_files(tmp_path):
     rq_kmeans().fit(X, checkpoint=tmp_path)
     (tmp_path / "thesis.tex").touch()
+    (tmp_path / ".fit-0123.partial").touch()  # of a process that was killed
     remove_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     remove_checkpoints(tmp_path / "nothing")
