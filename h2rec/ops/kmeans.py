@@ -43,8 +43,8 @@ def fit_codebooks(
     sample. The first half of its ``num_iters`` Lloyd steps stays with the sample and widens these directions step by
     step, which costs little and ends in a better minimum; the second half sees every vector whole. A codeword
     without vectors splits one of those with the largest error. A tensor or array in memory costs one copy in fp32; a
-    memory map or a stream costs nothing of its size, and is read again for each step. The result depends on the seed,
-    not on the number of threads.
+    memory map or a stream costs four bytes for each code, and is read again for each step. The result depends on the
+    seed, not on the number of threads.
 
     Args:
         vectors: ``[N, D]``, or a function that returns batches of such rows, see
@@ -81,9 +81,9 @@ def fit_codebooks(
         )
     num_start_steps = num_iters // 2
     step = _mini_batch_step if mini_batch else _lloyd_step
-    for codebook in first:
-        residuals.advance(codebook)
+    codebooks = list(first)
     for level, size in enumerate(sizes[len(first) :], len(first)):
+        residuals.advance(codebooks)
         generator = torch.Generator().manual_seed(seed * len(sizes) + level)
         codebook = _start(residuals.sample(size * _SAMPLE_ROWS, generator), size, num_start_steps, generator)
         prices, previous = None, None
@@ -100,18 +100,19 @@ def fit_codebooks(
             elif error == previous:
                 break
             previous = error
-        residuals.advance(codebook)
+        codebooks.append(codebook)
         if on_level is not None:
-            on_level(residuals.codebooks)
-    return residuals.codebooks
+            on_level(codebooks)
+    return codebooks
 
 
 class _Residuals:
-    """What the levels so far leave of the vectors."""
+    """What the levels so far leave of the vectors: kept if these are in memory, else formed again from their codes."""
 
     def __init__(self, vectors: VectorSource, batch_size: int) -> None:
         self.vectors, self.batch_size = vectors, batch_size
         self.codebooks: list[Tensor] = []
+        self.codes: list[Tensor] = []  # of a stream: [N] int32 for each codebook
         in_memory = isinstance(vectors, Tensor) or (
             isinstance(vectors, np.ndarray) and not isinstance(vectors, np.memmap)
         )
@@ -128,8 +129,13 @@ class _Residuals:
         if self.kept is not None:
             yield from self.kept.split(self.batch_size)
             return
+        start = 0
         for batch in vector_batches(self.vectors, self.batch_size):
-            yield batch - residual_quantize(batch, self.codebooks)[0] if self.codebooks else batch
+            rows = slice(start, start + len(batch))
+            for codebook, codes in zip(self.codebooks, self.codes, strict=True):
+                batch = batch - codebook[codes[rows].to(batch.device)]
+            yield batch
+            start = rows.stop
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """At most ``count`` different rows, in their order."""
@@ -141,11 +147,19 @@ class _Residuals:
             start += len(batch)
         return torch.cat(parts)
 
-    def advance(self, codebook: Tensor) -> None:
-        self.codebooks.append(codebook)
-        if self.kept is not None:
-            for batch in self.kept.split(self.batch_size):  # views: written in place
-                batch -= residual_quantize(batch, [codebook])[0]
+    def advance(self, codebooks: Sequence[Tensor]) -> None:
+        """Leaves what ``codebooks``, of which the first were there before, do not explain."""
+        for codebook in codebooks[len(self.codebooks) :]:
+            if self.kept is not None:
+                for batch in self.kept.split(self.batch_size):  # views: written in place
+                    batch -= residual_quantize(batch, [codebook])[0]
+            else:
+                codes, start = torch.empty(self.num_rows, dtype=torch.int32), 0
+                for batch in self.batches():
+                    codes[start : start + len(batch)] = residual_quantize(batch, [codebook])[1].squeeze(1)
+                    start += len(batch)
+                self.codes.append(codes)
+            self.codebooks.append(codebook)
 
 
 _EMPTY = torch.zeros(0, 1)
