@@ -7,14 +7,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/.installed
 DEMO_DATA := .venv/.demo-data
+# Of its own: the libraries in it want older packages than constraints.txt has.
+INTEGRATIONS := .venv-integrations
 OFFLINE := { echo 'pip could not install it, see above (is there a network?)'; exit 1; }
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test integrations lint bench clean
 
 help:
 	@echo 'make demo     train H2Rec and what it is compared with on MovieLens-100k, and write a report'
 	@echo 'make test     run the tests                      (ARGS="-k name" goes to pytest)'
+	@echo 'make integrations   run the tests with models of other libraries, in $(INTEGRATIONS)'
 	@echo 'make lint     check style and formatting'
 	@echo 'make bench    run the benchmarks                 (ARGS="..." goes to pytest)'
 	@echo 'make venv     only make .venv: pinned dependencies and the editable build'
@@ -28,6 +31,9 @@ demo: $(INSTALLED) $(DEMO_DATA)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests $(ARGS)
+
+integrations: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -53,6 +59,15 @@ $(INSTALLED): $(BUILT_FROM) | $(BIN)/python
 	@rm -f h2rec/*.so
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[train,text,test,lint]' || $(OFFLINE)
 	@$(BIN)/python -c 'import h2rec; h2rec.show_config()' | grep '^extension'
+	@touch $@
+
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt | $(INSTALLED)
+	@echo '== making $(INTEGRATIONS): PyTorch, transformers, RePlay, RecTools, RecBole (minutes the first time)'
+	@$(PYTHON) -m venv $(INTEGRATIONS)
+	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  setuptools ninja pybind11 $$(grep '^torch==' constraints.txt) || $(OFFLINE)
+	@H2REC_BUILD_EXT=0 $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --editable '.[integrations]' || $(OFFLINE)
 	@touch $@
 
 $(DEMO_DATA): constraints.txt | $(INSTALLED)

@@ -49,7 +49,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ROOT,
         folder / "checkout",
         ignore=shutil.ignore_patterns(
-            ".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache"
+            ".git", ".venv*", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache"
         ),
     )
     archive, _ = build("sdist", folder / "checkout", folder / "dist", H2REC_BUILD_EXT="0")
