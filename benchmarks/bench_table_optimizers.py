@@ -38,7 +38,7 @@ def bench_step(compare, shape, device):
 
     def step(name: str):
         layer = HashEmbedding(shape.R, shape.D, sparse="dense" not in name).to(device)
-        layer.load_state_dict({"hash_table": start})
+        layer.load_state_dict({"table.weight": start})
         optimizer = OPTIMIZERS[name](layer.weight)
 
         def call() -> Tensor:

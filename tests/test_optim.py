@@ -86,7 +86,7 @@ def test_is_the_definition(dtype, device):
 def test_trains_layers_by_the_definition(layer, in_backward):
     layer = layer.double()
     twin = copy.deepcopy(layer)
-    twin.sparse = False
+    twin.table.sparse = False
     sums = torch.zeros_like(twin.hash_table[:, 0])
     optimizer = RowwiseAdagrad([layer.hash_table], lr=LR, eps=EPS, in_backward=in_backward)
     for loss, twin_loss in zip(losses(layer), losses(twin), strict=True):
@@ -231,7 +231,7 @@ def test_sparse_adam_is_adam_on_the_rows_of_a_batch(layer):
     """Rows outside the batch keep their moments: no decay, and no step from old ones."""
     layer = layer.double()
     twin = copy.deepcopy(layer)
-    twin.sparse = False
+    twin.table.sparse = False
     lr, (beta1, beta2), eps = 0.1, (0.9, 0.999), 1e-8
     table = twin.hash_table
     first, second = torch.zeros_like(table), torch.zeros_like(table)

@@ -28,6 +28,15 @@ def as_levels(codebooks: nn.Parameter | nn.ParameterList) -> Tensor | Sequence[T
     return codebooks if isinstance(codebooks, Tensor) else list(codebooks)
 
 
+def make_table(num_rows: int, dim: int, rows_per_item: int, sparse: bool) -> nn.Embedding:
+    """A hash table ``[R, D]`` whose rows, ``rows_per_item`` of them summed, start from N(0, 1).
+
+    It is never called; but `DistributedDataParallel` expects a sparse gradient only of what an ``nn.Embedding`` owns.
+    """
+    weight = torch.randn(num_rows, dim) / rows_per_item**0.5
+    return nn.Embedding(num_rows, dim, sparse=sparse, _weight=weight)
+
+
 def make_hashing(
     mode: str, num_embeddings: int, num_buckets: int | None, num_hashes: int
 ) -> tuple[Hashing, int]:

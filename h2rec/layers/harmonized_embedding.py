@@ -11,6 +11,7 @@ from h2rec.layers._tables import (
     check_size,
     make_codebooks,
     make_hashing,
+    make_table,
     start_from_content,
 )
 from h2rec.ops import Hashing
@@ -62,14 +63,18 @@ class HarmonizedEmbedding(nn.Module):
         self.fusion = fusion
         self.pooling = pooling
         self.mode = mode
-        self.sparse = sparse
         self._divisor, self._num_items = hashing.divisor, hashing.num_items
         self.register_buffer("codes", sids.codes.to(torch.get_default_device(), copy=True))
         self.register_buffer("hash_constants", hashing.constants)
         self.codebooks = make_codebooks(sids, embedding_dim)
         rows_per_item = {"direct": 1, "qr": 2, "multi": num_hashes}[mode]
-        self.hash_table = nn.Parameter(torch.randn(num_rows, embedding_dim) / rows_per_item**0.5)
+        self.table = make_table(num_rows, embedding_dim, rows_per_item, sparse)
         self.gate = nn.Linear(2 * embedding_dim, embedding_dim) if fusion == "gate" else None
+
+    @property
+    def hash_table(self) -> Tensor:
+        """The table ``[R, D]``, a parameter."""
+        return self.table.weight
 
     @property
     def weight(self) -> Tensor:
@@ -91,7 +96,7 @@ class HarmonizedEmbedding(nn.Module):
             hashing=self.hashing,
             pooling=self.pooling,
             padding_idx=self.padding_idx,
-            sparse=self.sparse,
+            sparse=self.table.sparse,
             combine=self.fusion if self.fusion in ("sum", "mean", "concat") else None,
         )
         if self.gate is None:
@@ -108,5 +113,5 @@ class HarmonizedEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, levels={self.codes.shape[1]}, fusion={self.fusion!r}, "
-            f"pooling={self.pooling!r}, mode={self.mode!r}, padding_idx={self.padding_idx}, sparse={self.sparse}"
+            f"pooling={self.pooling!r}, mode={self.mode!r}, padding_idx={self.padding_idx}, sparse={self.table.sparse}"
         )

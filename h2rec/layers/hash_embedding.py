@@ -9,6 +9,7 @@ from h2rec.layers._tables import (
     check_padding_idx,
     check_size,
     make_hashing,
+    make_table,
     start_from_content,
 )
 from h2rec.ops import Hashing
@@ -53,12 +54,11 @@ class HashEmbedding(nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = check_padding_idx(padding_idx, num_embeddings)
-        self.sparse = sparse
         self.mode = mode
         self._divisor, self._num_items = hashing.divisor, hashing.num_items
         self.register_buffer("hash_constants", hashing.constants)
         rows_per_item = {"direct": 1, "qr": 2, "multi": num_hashes}[mode]
-        self.hash_table = nn.Parameter(torch.randn(num_rows, embedding_dim) / rows_per_item**0.5)
+        self.table = make_table(num_rows, embedding_dim, rows_per_item, sparse)
         if mode == "direct" and self.padding_idx is not None and self.padding_idx < num_rows:
             with torch.no_grad():
                 self.hash_table[self.padding_idx] = 0
@@ -81,8 +81,13 @@ class HashEmbedding(nn.Module):
             raise ValueError(f"embeddings must have shape [num_embeddings, D], got {list(embeddings.shape)}")
         with torch.device("meta"):
             layer = cls(*embeddings.shape, padding_idx=padding_idx, sparse=sparse)
-        layer.hash_table = nn.Parameter(embeddings.detach(), requires_grad=not freeze)
+        layer.table.weight = nn.Parameter(embeddings.detach(), requires_grad=not freeze)
         return layer
+
+    @property
+    def hash_table(self) -> Tensor:
+        """The table ``[R, D]``, a parameter."""
+        return self.table.weight
 
     @property
     def weight(self) -> Tensor:
@@ -101,7 +106,7 @@ class HashEmbedding(nn.Module):
             self.hash_table,
             hashing=self.hashing,
             padding_idx=self.padding_idx,
-            sparse=self.sparse,
+            sparse=self.table.sparse,
         )
         return hashed
 
@@ -117,5 +122,5 @@ class HashEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}, rows={self.hash_table.shape[0]}, "
-            f"padding_idx={self.padding_idx}, sparse={self.sparse}"
+            f"padding_idx={self.padding_idx}, sparse={self.table.sparse}"
         )

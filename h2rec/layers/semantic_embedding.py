@@ -4,7 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from h2rec import ops
-from h2rec.layers._tables import all_vectors, as_levels, check_padding_idx, check_size, make_codebooks
+from h2rec.layers._tables import (
+    all_vectors,
+    as_levels,
+    check_padding_idx,
+    check_size,
+    make_codebooks,
+    make_table,
+)
 from h2rec.ops import Hashing
 from h2rec.ops._checks import check_option
 from h2rec.semantic_ids import SemanticIds
@@ -54,15 +61,18 @@ class SemanticEmbedding(nn.Module):
         self.embedding_dim = embedding_dim
         self.padding_idx = check_padding_idx(padding_idx, sids.num_items)
         self.pooling = pooling
-        self.sparse = sparse
         self.register_buffer("codes", sids.codes.to(torch.get_default_device(), copy=True))
         if pooling == "prefix":
             check_size("num_buckets", num_buckets)
             self.register_buffer("hash_constants", Hashing.prefix(sids.num_levels).constants)
-            rows = torch.randn(num_buckets, embedding_dim) / sids.num_levels**0.5
-            self.hash_table = nn.Parameter(rows)
+            self.table = make_table(num_buckets, embedding_dim, sids.num_levels, sparse)
         else:
             self.codebooks = make_codebooks(sids, embedding_dim)
+
+    @property
+    def hash_table(self) -> Tensor:
+        """The table ``[R, D]`` of ``pooling="prefix"``, a parameter."""
+        return self.table.weight
 
     @property
     def weight(self) -> Tensor:
@@ -76,10 +86,10 @@ class SemanticEmbedding(nn.Module):
                 item_ids,
                 self.codes,
                 None,
-                self.hash_table,
+                self.table.weight,
                 hashing=hashing,
                 padding_idx=self.padding_idx,
-                sparse=self.sparse,
+                sparse=self.table.sparse,
             )
             return hashed
         semantic, _ = ops.harmonized_embedding(
@@ -95,5 +105,5 @@ class SemanticEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, levels={self.codes.shape[1]}, "
-            f"pooling={self.pooling!r}, padding_idx={self.padding_idx}, sparse={self.sparse}"
+            f"pooling={self.pooling!r}, padding_idx={self.padding_idx}"
         )

@@ -83,7 +83,7 @@ def scale_tables(embedding: nn.Module) -> None:
     Item vectors are both input and output of the models: with entries of this size the first logits are
     close to 0, whatever the tables started from (random rows, codebooks, content).
     """
-    for name in ("hash_table", "codebooks"):
+    for name in ("table", "codebooks"):
         tables = [table for key, table in embedding.named_parameters() if key.partition(".")[0] == name]
         if tables:
             squares = sum(table.square().sum() for table in tables)
