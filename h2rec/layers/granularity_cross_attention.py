@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from h2rec.layers._causal_attention import causal_attention
+from h2rec.layers._dropout import Dropout
 
 
 class GranularityCrossAttention(nn.Module):
@@ -51,7 +52,7 @@ class GranularityCrossAttention(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(num_levels, dim))
         hidden = max(1, dim // 2)
         self.gate = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, num_levels))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.register_buffer("prior", torch.linspace(1.0, 0.2, num_levels), persistent=False)
         self.reset_parameters()
 

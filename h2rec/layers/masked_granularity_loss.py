@@ -9,8 +9,9 @@ from torch import Tensor, nn
 class MaskedGranularityLoss(nn.Module):
     """Keeps a user's vector where it is when the levels that the gate weighs least are masked.
 
-    `mask` replaces those levels by learned vectors, one per level. The caller encodes the masked and the
-    full sequences to user vectors U and V, and `forward` pulls them together over the batch::
+    `mix` sums the levels of a sequence by the gate's weights, once as they are and once with those levels
+    replaced by learned vectors, one per level. The caller encodes the masked and the full sequences to user
+    vectors U and V, and `forward` pulls them together over the batch::
 
         S = softmax(temperature (U U' + V V') / 2)            soft targets, by rows
         loss = (CE(U V' / temperature, S) + CE(V U' / temperature, S)) / 2
@@ -51,15 +52,15 @@ class MaskedGranularityLoss(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.mask_vectors, std=0.02)
 
-    def mask(self, levels: Tensor, gates: Tensor) -> Tensor:
-        """Replaces the least weighed levels of each sequence, at all its positions.
+    def mix(self, levels: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums the levels by their weights, with the least weighed ones of each sequence masked and as they are.
 
         Args:
             levels: ``[B, T, L, D]``
             gates: ``[B, L]``, the weight of each level in each sequence.
 
         Returns:
-            ``[B, T, L, D]``
+            The masked and the full sequences, ``[B, T, D]`` each.
         """
         if levels.dim() != 4 or levels.shape[2:] != (self.num_levels, self.dim):
             expected = f"[B, T, {self.num_levels}, {self.dim}]"
@@ -68,8 +69,10 @@ class MaskedGranularityLoss(nn.Module):
             expected = [levels.shape[0], self.num_levels]
             raise ValueError(f"gates must have shape {expected} to go with levels, got {list(gates.shape)}")
         least = gates.topk(self.num_masked, dim=-1, largest=False).indices
-        masked = torch.zeros_like(gates, dtype=torch.bool).scatter(-1, least, True)  # [B, L]
-        return torch.where(masked[:, None, :, None], self.mask_vectors, levels)
+        masked_gates = torch.zeros_like(gates).scatter(-1, least, gates.gather(-1, least))  # [B, L]
+        weights = torch.stack((gates - masked_gates, gates), dim=1)  # [B, 2, L]
+        kept, full = (weights.unsqueeze(1) @ levels).unbind(2)  # [B, T, D]
+        return kept + (masked_gates @ self.mask_vectors).unsqueeze(1), full
 
     def forward(self, masked_users: Tensor, full_users: Tensor) -> Tensor:
         """``[B, D]``, ``[B, D]`` -> scalar"""

@@ -10,7 +10,7 @@ from h2rec.layers import (
     HarmonizedEmbedding,
     MaskedGranularityLoss,
 )
-from h2rec.models.backbones import CausalAttention, PositionedInput, SASRecBackbone
+from h2rec.models.backbones import CausalAttention, PositionedInput, SASRecBackbone, vectors_at
 from h2rec.models.base import Batch, CoOccurrence, SequentialModel, scale_tables
 from h2rec.semantic_ids import SemanticIds
 
@@ -180,14 +180,8 @@ class H2Rec(SequentialModel):
         )
 
     def _masked_granularity(self, level_input: Tensor, gates: Tensor, lengths: Tensor) -> Tensor:
-        rows = torch.arange(len(lengths), device=lengths.device)
         last = (lengths - 1).clamp(min=0)
-        gate = gates[rows, last]  # [B, L]
-        masked = self.masked_granularity.mask(level_input, gate)
-        sequences = torch.cat((masked, level_input))  # [2 B, T, L, D]
-        mixed = torch.einsum("btld,bl->btd", sequences, gate.repeat(2, 1))
-        encoded = self.semantic_backbone(mixed)
-        masked_users, full_users = encoded[
-            torch.arange(2 * len(lengths), device=last.device), last.repeat(2)
-        ].chunk(2)
+        gate = vectors_at(gates, last)  # [B, L]
+        mixed = torch.cat(self.masked_granularity.mix(level_input, gate))  # [2 B, T, D]
+        masked_users, full_users = self.semantic_backbone.at(last.repeat(2), mixed).chunk(2)
         return self.masked_granularity(masked_users, full_users)

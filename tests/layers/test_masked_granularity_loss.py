@@ -48,24 +48,23 @@ def test_masks_the_least_weighed_levels(num_levels, ratio, expected, device):
     layer = MaskedGranularityLoss(4, num_levels, mask_ratio=ratio).to(device)
     levels = torch.randn(3, 5, num_levels, 4).to(device)
     gates = torch.rand(3, num_levels).softmax(-1).to(device)
-    masked = layer.mask(levels, gates)
+    masked, full = layer.mix(levels, gates)
+    torch.testing.assert_close(full, (levels * gates[:, None, :, None]).sum(2))
     for row in range(3):
-        least = set(gates[row].argsort()[:expected].tolist())
-        for level in range(num_levels):
-            if level in least:
-                assert torch.equal(masked[row, :, level], layer.mask_vectors[level].expand(5, 4))
-            else:
-                assert torch.equal(masked[row, :, level], levels[row, :, level])
+        replaced = levels[row].clone()
+        for level in gates[row].argsort()[:expected]:
+            replaced[:, level] = layer.mask_vectors[level]
+        torch.testing.assert_close(masked[row], (replaced * gates[row, :, None]).sum(1))
 
 
-def test_mask_gradients(device):
-    layer = MaskedGranularityLoss(2, 2).to(device, torch.float64)
-    levels = torch.randn(2, 3, 2, 2, dtype=torch.float64).to(device).requires_grad_()
-    gates = torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64, device=device)
-    layer.mask(levels, gates).sum().backward()
-    assert torch.equal(layer.mask_vectors.grad, torch.full_like(layer.mask_vectors, 3))
-    kept = torch.eye(2, dtype=torch.float64, device=device)
-    assert torch.equal(levels.grad, kept[:, None, :, None].expand_as(levels))
+def test_mix_gradcheck(device):
+    torch.manual_seed(0)
+    layer = MaskedGranularityLoss(2, 3).to(device, torch.float64)
+    levels = torch.randn(2, 3, 3, 2, dtype=torch.float64).to(device).requires_grad_()
+    gates = torch.tensor([[0.7, 0.1, 0.2], [0.2, 0.5, 0.3]], dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: layer.mix(*inputs[:2]), (levels, gates.requires_grad_(), layer.mask_vectors)
+    )
 
 
 def test_state_dict_deepcopy_compile(device):
@@ -74,11 +73,12 @@ def test_state_dict_deepcopy_compile(device):
     layer, other = (MaskedGranularityLoss(4, 4).to(device) for _ in range(2))
     other.load_state_dict(layer.state_dict())
     for twin in (other, copy.deepcopy(layer)):
-        assert torch.equal(twin.mask(levels, gates), layer.mask(levels, gates))
+        for mixed, expected in zip(twin.mix(levels, gates), layer.mix(levels, gates), strict=True):
+            assert torch.equal(mixed, expected)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(u, v), layer(u, v))
-    mask = torch.compile(layer.mask, fullgraph=True, backend="aot_eager")
-    assert torch.equal(mask(levels, gates), layer.mask(levels, gates))
+    mix = torch.compile(layer.mix, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(mix(levels, gates), layer.mix(levels, gates))
 
 
 def test_is_exact_under_autocast(device):
@@ -110,6 +110,6 @@ def test_refuses_bad_shapes():
     with pytest.raises(ValueError, match=r"must have the same shape \[B, D\], got \[3, 4\] and \[2, 4\]"):
         layer(torch.zeros(3, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"levels must have shape \[B, T, 2, 4\], got \[3, 5, 4, 2\]"):
-        layer.mask(torch.zeros(3, 5, 4, 2), torch.zeros(3, 2))
+        layer.mix(torch.zeros(3, 5, 4, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"gates must have shape \[3, 2\].*got \[3, 5, 2\]"):
-        layer.mask(torch.zeros(3, 5, 2, 4), torch.zeros(3, 5, 2))
+        layer.mix(torch.zeros(3, 5, 2, 4), torch.zeros(3, 5, 2))
