@@ -77,7 +77,7 @@ def train(
         typer.Option(
             metavar="FILE",
             rich_help_panel=_DATA,
-            help="Content vectors that every model's hash table starts from.",
+            help="Content vectors that the hash tables of all models but hash start from.",
         ),
     ] = None,
     models: Annotated[
@@ -87,6 +87,24 @@ def train(
             rich_help_panel=_MODEL,
             show_default="hash,semantic,sum,h2rec",
             help="What to train.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_MODEL,
+            show_default="none",
+            help="Settings that the other options change: paper, as H2Rec's authors ran it.",
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_MODEL,
+            show_default="sasrec",
+            help="Of every model: sasrec, gru4rec or bert4rec.",
         ),
     ] = None,
     dim: Annotated[
@@ -198,6 +216,8 @@ def train(
 
     \b
         h2rec train --interactions log.parquet --sids sids.safetensors -o runs/a
+        h2rec train --preset paper --interactions log.parquet \\
+            --sids sids.safetensors -o runs/paper
         h2rec train --interactions log.csv --user visitor --item asin \\
             --order time --items items.csv --title name \\
             --sids sids.safetensors -o runs/shop
@@ -206,9 +226,9 @@ def train(
     given = {
         name: value
         for name, value in context.params.items()
-        if value is not None and name not in ("context", "run", "resume")
+        if value is not None and name not in ("context", "run", "resume", "preset")
     }
-    train_and_report(_config(given, run, resume), run, resume=resume)
+    train_and_report(_config(given, preset, run, resume), run, resume=resume)
 
 
 def train_and_report(config: TrainConfig, run: Path, *, resume: bool = False) -> None:
@@ -221,12 +241,17 @@ def train_and_report(config: TrainConfig, run: Path, *, resume: bool = False) ->
     console.print(f"The report is [bold]{run / 'report.html'}[/]", highlight=False, soft_wrap=True)
 
 
-def _config(given: dict[str, Any], run: Path, resume: bool) -> TrainConfig:
+def _config(given: dict[str, Any], preset: str | None, run: Path, resume: bool) -> TrainConfig:
     from h2rec.training import TrainConfig
+    from h2rec.training.config import PRESETS
 
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     if "models" in given:
         given["models"] = tuple(name.strip() for name in given["models"].split(","))
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        given = {**PRESETS[preset], **given}
     if resume:
         # Its own settings, and what differs from them is for training to refuse.
         return dataclasses.replace(TrainConfig.of_run(run), **given)

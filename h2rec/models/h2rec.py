@@ -10,7 +10,7 @@ from h2rec.layers import (
     HarmonizedEmbedding,
     MaskedGranularityLoss,
 )
-from h2rec.models.backbones import CausalAttention, PositionedInput, SASRecBackbone, vectors_at
+from h2rec.models.backbones import CausalAttention, PositionedInput, make_backbone, vectors_at
 from h2rec.models.base import Batch, CoOccurrence, SequentialModel, scale_tables
 from h2rec.semantic_ids import SemanticIds
 
@@ -35,6 +35,7 @@ class H2Rec(SequentialModel):
     Args:
         sids: semantic IDs of the catalog.
         dim: size D of the vectors; users and items have 2 D.
+        backbone: ``"sasrec"``, ``"gru4rec"`` or ``"bert4rec"``, see `h2rec.models.backbones`.
         num_layers, num_heads, dropout: of the backbones; heads and dropout also of the cross attentions.
         max_length: longest sequence.
         fusion: how the levels make e_sid: ``"sum"``, ``"mean"`` or ``"adaptive"``.
@@ -57,6 +58,7 @@ class H2Rec(SequentialModel):
         sids: SemanticIds,
         *,
         dim: int = 64,
+        backbone: str = "sasrec",
         num_layers: int = 2,
         num_heads: int = 2,
         max_length: int = 50,
@@ -95,9 +97,11 @@ class H2Rec(SequentialModel):
         self.input = PositionedInput(dim, max_length, dropout)
         self.hash_attention = GranularityCrossAttention(dim, num_levels, num_heads=num_heads, dropout=dropout)
         self.semantic_attention = CausalAttention(dim, num_heads)
-        backbone = {"num_layers": num_layers, "num_heads": num_heads, "dropout": dropout}
-        self.hash_backbone = SASRecBackbone(dim, **backbone)
-        self.semantic_backbone = self.hash_backbone if share_backbone else SASRecBackbone(dim, **backbone)
+        sizes = {"num_layers": num_layers, "num_heads": num_heads, "dropout": dropout}
+        self.hash_backbone = make_backbone(backbone, dim, **sizes)
+        self.semantic_backbone = (
+            self.hash_backbone if share_backbone else make_backbone(backbone, dim, **sizes)
+        )
         self.alignment = None
         if alignment_weight > 0:
             shared = max(1, num_levels - 1) if min_shared_codes is None else min_shared_codes

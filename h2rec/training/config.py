@@ -10,12 +10,37 @@ from pathlib import Path
 from typing import Any
 
 LOSSES = ("auto", "full_softmax", "sampled_softmax", "bce")
-MODELS = ("hash", "semantic", "sum", "h2rec")
+MODELS = ("hash", "llminit", "semantic", "sum", "mean", "concat", "h2rec")
+DEFAULT_MODELS = ("hash", "semantic", "sum", "h2rec")
+BACKBONES = ("sasrec", "gru4rec", "bert4rec")
 FUSIONS = ("sum", "mean", "adaptive")
 ACCELERATORS = ("auto", "cpu", "gpu")
+# How the authors of arXiv 2512.10388 ran it, where that is not the default.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "num_heads": 1,
+        "max_length": 200,
+        "dropout": 0.5,
+        "fusion": "mean",
+        "residual": False,
+        "share_backbone": True,
+        "alignment_weight": 0.1,
+        "alignment_temperature": 0.5,
+        "min_shared_codes": 4,
+        "co_occurrence": True,
+        "granularity_weight": 0.1,
+        "loss": "bce",
+        "num_negatives": 1,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "max_epochs": 200,
+        "patience": 20,
+    },
+}
 PATHS = ("interactions", "sids", "items", "embeddings")
 
-_COMMON_SETTINGS = ("dim", "num_layers", "num_heads", "max_length", "dropout")
+_COMMON_SETTINGS = ("dim", "backbone", "num_layers", "num_heads", "max_length", "dropout")
 _H2REC_SETTINGS = (
     "fusion",
     "residual",
@@ -35,12 +60,14 @@ class TrainConfig:
         interactions: file of interactions (parquet, csv, tsv or RecBole ``.inter``).
         sids: semantic IDs as ``h2rec tokenize`` writes them.
         items: file of items; without one the catalog is the interactions' item ids.
-        embeddings: content vectors ``[num_items, D]``; the hash table of every model that has one starts from them.
+        embeddings: content vectors ``[num_items, D]``; the hash tables of ``llminit``, ``sum``, ``mean``, ``concat``
+            and ``h2rec`` start from them.
         user_column, item_column: names of the raw id columns (``item_column`` in both files).
         order_column: timestamp or position; ``None`` takes ``timestamp``, ``time`` or ``order`` if there is one, else
             the order in the file.
         title_column: column of ``items`` that names an item to a reader.
-        models: which models to train, in this order, all by the same rules.
+        models: which models to train, in this order, all by the same rules; `h2rec.models.build_model` lists them.
+        backbone: of every model: ``"sasrec"``, ``"gru4rec"`` or ``"bert4rec"``.
         dim, num_layers, num_heads, dropout, max_length: size of every model; sequences keep their latest
             ``max_length`` items.
         fusion, residual, share_backbone, alignment_weight, alignment_temperature, min_shared_codes,
@@ -72,8 +99,9 @@ class TrainConfig:
     order_column: str | None = None
     title_column: str | None = None
 
-    models: tuple[str, ...] = MODELS
+    models: tuple[str, ...] = DEFAULT_MODELS
     dim: int = 64
+    backbone: str = "sasrec"
     num_layers: int = 2
     num_heads: int = 2
     dropout: float = 0.2
@@ -118,6 +146,8 @@ class TrainConfig:
             _check_choice("models", model, MODELS)
         if len(set(self.models)) != len(self.models):
             raise ValueError(f"models: each may be named once, got {', '.join(self.models)}")
+        if "llminit" in self.models and self.embeddings is None:
+            raise ValueError("embeddings: expected content vectors for 'llminit' to start from, got none")
 
         for name in (
             *("dim", "num_layers", "num_heads", "max_length", "batch_size"),
@@ -139,6 +169,7 @@ class TrainConfig:
 
         _check_choice("loss", self.loss, LOSSES)
         _check_choice("accelerator", self.accelerator, ACCELERATORS)
+        _check_choice("backbone", self.backbone, BACKBONES)
         _check_choice("fusion", self.fusion, FUSIONS)
         for name in ("residual", "share_backbone", "co_occurrence", "mask_history"):
             if not isinstance(getattr(self, name), bool):

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from h2rec import SemanticIds
 from h2rec.cli import demo as demo_module
 from h2rec.cli.app import app
+from h2rec.cli.train import _config as make_config
 from h2rec.training import TrainConfig
+from h2rec.training.config import PRESETS
 
 NUM_ITEMS, NUM_USERS = 40, 50
 
@@ -165,13 +167,23 @@ def test_train_refuses(shop, sids, trained, tmp_path):
     printed = call(
         "train", *options, "--sids", sids, "--models", "hash,dual", "-o", tmp_path / "r", fails=True
     )
-    assert "models: expected one of 'hash', 'semantic', 'sum', 'h2rec', got 'dual'" in printed
+    assert "models: expected one of 'hash', 'llminit'" in printed
+    assert "got 'dual'" in printed
+    printed = call("train", *options, "--sids", sids, "--preset", "papr", "-o", tmp_path / "r", fails=True)
+    assert "--preset: expected one of paper, got 'papr'" in printed
     printed = call("train", *options, "--sids", shop / "log.csv", "-o", tmp_path / "r", fails=True)
     assert "log.csv" in printed
     printed = call("train", *options, "--order", "when", "--sids", sids, "-o", tmp_path / "r", fails=True)
     assert "when" in printed
     assert "No such option" in call("train", "--dimm", 8, "-o", tmp_path / "r", fails=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_change_the_preset(tmp_path):
+    given = {"interactions": "log.csv", "sids": "sids.safetensors", "max_length": 20}
+    config = make_config(given, "paper", tmp_path, resume=False)
+    assert config == TrainConfig(**{**PRESETS["paper"], **given})
+    assert (config.max_length, config.loss) == (20, "bce")
 
 
 def test_evaluate_repeats_what_training_found(trained, tmp_path):

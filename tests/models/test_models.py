@@ -8,7 +8,8 @@ import torch
 from h2rec import SemanticIds
 from h2rec.data import SequenceBatch
 from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding
-from h2rec.models import MODELS, H2Rec, SASRec, build_model, model_settings
+from h2rec.models import MODELS, H2Rec, SingleBranch, build_model, model_settings
+from h2rec.models.backbones import BACKBONES
 
 NUM_ITEMS = 40
 SMALL = {"dim": 8, "max_length": 10}
@@ -53,11 +54,11 @@ def make_batch(device):
     return make
 
 
-def test_shapes(model, make_batch):
+def test_shapes(name, model, make_batch):
     batch = make_batch()
     users = model.encode(batch.item_ids, batch.lengths)
     items = model.item_vectors()
-    width = 16 if isinstance(model, H2Rec) else 8
+    width = 16 if name in ("h2rec", "concat") else 8
     assert users.shape == (3, 7, width)
     assert items.shape == (NUM_ITEMS, width)
     assert model.item_vectors(batch.item_ids).shape == (3, 7, width)
@@ -95,6 +96,16 @@ def test_later_positions_get_no_gradient(model, device):
         for gradient in torch.autograd.grad(users[0, t].square().sum(), vectors, retain_graph=True):
             assert gradient[0, t].abs().sum() > 0
             assert (gradient[0, t + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("backbone", ["gru4rec", "bert4rec"])
+@pytest.mark.parametrize("name", ["sum", "h2rec"])
+def test_other_backbones_are_causal_too(name, backbone, sids, device, make_batch):
+    torch.manual_seed(0)
+    model = build_model(name, sids, backbone=backbone, **SMALL).to(device).eval()
+    backbones = {"sum": ["backbone"], "h2rec": ["hash_backbone", "semantic_backbone"]}[name]
+    assert {type(getattr(model, attribute)) for attribute in backbones} == {BACKBONES[backbone]}
+    test_later_items_change_nothing(model, make_batch)
 
 
 def test_padding_changes_nothing(model, device, make_batch):
@@ -198,23 +209,26 @@ def test_refuses_bad_sequences(model, device, monkeypatch, make_batch):
 
 
 def test_registry_builds_what_it_says(sids):
-    kinds = {"hash": HashEmbedding, "semantic": SemanticEmbedding, "sum": HarmonizedEmbedding}
+    kinds = dict.fromkeys(MODELS.keys() - {"h2rec"}, HarmonizedEmbedding)
+    kinds |= {"hash": HashEmbedding, "llminit": HashEmbedding, "semantic": SemanticEmbedding}
     for name, kind in kinds.items():
         model = build_model(name, sids)
-        assert isinstance(model, SASRec)
-        assert isinstance(model.embedding, kind)
+        assert isinstance(model, SingleBranch)
+        assert type(model.embedding) is kind
+        if kind is HarmonizedEmbedding:
+            assert model.embedding.fusion == name
     assert isinstance(build_model("h2rec", sids), H2Rec)
 
 
 def test_content_starts_every_hash_table_alike(sids):
     content = torch.randn(NUM_ITEMS, 30, generator=torch.Generator().manual_seed(0))
     tables = []
-    for name in ("hash", "sum", "h2rec"):
+    for name in ("llminit", "sum", "mean", "concat", "h2rec"):
         table = build_model(name, sids, content=content, **SMALL).embedding.hash_table
         assert table.square().mean().sqrt().item() == pytest.approx(0.02)
         tables.append(table)
-    torch.testing.assert_close(tables[0], tables[1])
-    torch.testing.assert_close(tables[0], tables[2])
+    for table in tables[1:]:
+        torch.testing.assert_close(table, tables[0])
     # Principal components: the products of the rows are those of the centred content, as far as 8 of 30 go.
     centred = content - content.mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -225,18 +239,22 @@ def test_content_starts_every_hash_table_alike(sids):
     )
 
 
-def test_semantic_model_takes_no_content(sids):
+@pytest.mark.parametrize("name", ["hash", "semantic"])
+def test_takes_no_content(name, sids):
+    content = torch.randn(NUM_ITEMS, 30)
     torch.manual_seed(0)
-    plain = build_model("semantic", sids, **SMALL)
+    plain = build_model(name, sids, **SMALL).state_dict()
     torch.manual_seed(0)
-    with_content = build_model("semantic", sids, content=torch.randn(NUM_ITEMS, 30), **SMALL)
-    assert with_content.state_dict().keys() == plain.state_dict().keys()
+    with_content = build_model(name, sids, content=content, **SMALL).state_dict()
+    assert with_content.keys() == plain.keys()
+    assert all(torch.equal(with_content[key], plain[key]) for key in plain)
 
 
 def test_model_settings():
     assert model_settings("hash") == {
         "dim": 64,
         "sparse": False,
+        "backbone": "sasrec",
         "num_layers": 2,
         "num_heads": 2,
         "max_length": 50,
@@ -257,7 +275,9 @@ def test_settings_arrive(sids):
 
 
 def test_refuses_unknown_names_and_settings(sids):
-    with pytest.raises(ValueError, match="name must be one of hash, semantic, sum, h2rec, got 'tiger'"):
+    with pytest.raises(
+        ValueError, match="one of hash, llminit, semantic, sum, mean, concat, h2rec, got 'tiger'"
+    ):
         build_model("tiger", sids)
     with pytest.raises(TypeError, match="model 'hash' has no setting alignment_weight; it has dim, sparse"):
         build_model("hash", sids, alignment_weight=0.1)

@@ -4,7 +4,8 @@ import json
 import pytest
 
 from h2rec import SemanticIds
-from h2rec.models import MODELS, H2Rec, model_settings
+from h2rec.models import MODELS, H2Rec, build_model, model_settings
+from h2rec.models.backbones import BACKBONES
 from h2rec.training import TrainConfig, config
 
 
@@ -24,6 +25,7 @@ CHANGED = {
     "title_column": "name",
     "models": ("h2rec", "hash"),
     "dim": 32,
+    "backbone": "gru4rec",
     "num_layers": 3,
     "num_heads": 4,
     "dropout": 0.5,
@@ -185,6 +187,21 @@ def test_says_what_differs():
     assert ours.difference(make(dim=32, seed=1)) == {}
 
 
+def test_preset_is_what_the_paper_says():
+    """arXiv 2512.10388, as its authors ran it: BCE with one negative, no residual, one backbone for both branches."""
+    paper = make(**config.PRESETS["paper"])
+    assert (paper.dim, paper.num_layers, paper.num_heads, paper.max_length) == (64, 2, 1, 200)
+    assert (paper.loss, paper.num_negatives, paper.batch_size, paper.patience) == ("bce", 1, 128, 20)
+    assert (paper.fusion, paper.residual, paper.share_backbone) == ("mean", False, True)
+    assert (paper.alignment_weight, paper.alignment_temperature, paper.granularity_weight) == (0.1, 0.5, 0.1)
+
+
+def test_llminit_needs_content():
+    with pytest.raises(ValueError, match="embeddings: expected content vectors for 'llminit' to start from"):
+        make(models=("hash", "llminit"))
+    assert make(models=("llminit",), embeddings="vectors.npy").models == ("llminit",)
+
+
 def test_models_take_the_settings():
     """Names and defaults are those of the models: a setting is never lost on the way."""
     assert tuple(MODELS) == config.MODELS
@@ -194,6 +211,14 @@ def test_models_take_the_settings():
         assert changed.model_settings(name).keys() == known.keys() - {"sparse", "max_aligned_items"}
         assert {key: known[key] for key in make().model_settings(name)} == make().model_settings(name)
         assert all(value == CHANGED[key] for key, value in changed.model_settings(name).items())
+
+
+@pytest.mark.parametrize("name", config.BACKBONES)
+def test_models_take_every_backbone(name, files):
+    sids = SemanticIds.load(files / "sids.safetensors")
+    for model in ("sum", "h2rec"):
+        build_model(model, sids, backbone=name)
+    assert tuple(BACKBONES) == config.BACKBONES
 
 
 @pytest.mark.parametrize("name", config.FUSIONS)

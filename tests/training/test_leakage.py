@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from h2rec import data
-from h2rec.models import MODELS
 from h2rec.training import read_split, train_run
 
 
@@ -55,13 +54,13 @@ def test_trained_weights(loss, configs, tmp_path):
         config = dataclasses.replace(config, loss=loss, max_epochs=2)
         run = tmp_path / str(number)
         train_run(config, run)
-        for name in MODELS:
+        for name in config.models:
             checkpoint = torch.load(run / name / "checkpoints" / "last.ckpt", weights_only=True)
             weights.append(checkpoint["state_dict"])
             with (run / name / "metrics.csv").open() as file:
                 columns += [row["train_loss"] for row in csv.DictReader(file)]
             ranks.append(np.load(run / name / "ranks.npz")["full"])
-    half = len(MODELS)
+    half = len(configs[0].models)
     for ours, theirs in zip(weights[:half], weights[half:], strict=True):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

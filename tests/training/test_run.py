@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from h2rec import SemanticIds
 from h2rec.data import TrainBatches
-from h2rec.models import MODELS, SASRec
+from h2rec.models import SingleBranch
 from h2rec.training import (
     TrainConfig,
     evaluate_model,
@@ -31,6 +31,7 @@ from h2rec.training import (
     run,
     train_run,
 )
+from h2rec.training.config import DEFAULT_MODELS
 
 GROUP = {f"{name}@{k}" for name in ("HR", "NDCG") for k in (5, 10, 20)} | {"count"}
 
@@ -64,10 +65,10 @@ def test_directory(finished_run, make_config, files):
         embeddings=str(files / "vectors.npy")
     )
     events = {str(path.relative_to(finished_run)) for path in finished_run.glob("*/events.out.tfevents.*")}
-    assert len(events) == len(MODELS)
+    assert len(events) == len(DEFAULT_MODELS)
     of_model = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "metrics.json", "ranks.npz")
     expected = {"config.json", "items.parquet", "sids.safetensors", "metrics.json", "report.html"}
-    expected |= {f"{name}/{file}" for name in MODELS for file in (*of_model, "hparams.yaml")}
+    expected |= {f"{name}/{file}" for name in DEFAULT_MODELS for file in (*of_model, "hparams.yaml")}
     assert files_of(finished_run) == expected | events
     assert SemanticIds.load(finished_run / "sids.safetensors").num_items == 60
     items = pl.read_parquet(finished_run / "items.parquet")
@@ -76,7 +77,7 @@ def test_directory(finished_run, make_config, files):
 
 def test_metrics(finished_run):
     metrics = read_json(finished_run / "metrics.json")
-    assert list(metrics["models"]) == list(MODELS)
+    assert list(metrics["models"]) == list(DEFAULT_MODELS)
     assert metrics["ranking"] == {"history_masked": False, "negatives": 20, "seed": 0}
     assert metrics["data"]["items"] == metrics["sid_stats"]["num_items"] == 60
     assert metrics["data"]["users"] == 90
@@ -95,7 +96,7 @@ def test_metrics(finished_run):
                 assert sum(band["count"] for band in ranking["bands"].values()) == held_out
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DEFAULT_MODELS)
 def test_epochs(name, finished_run):
     rows = read_rows(finished_run / name)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
@@ -112,7 +113,7 @@ def test_epochs(name, finished_run):
     assert metrics["valid"]["full"]["overall"]["NDCG@10"] == pytest.approx(max(scores), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DEFAULT_MODELS)
 def test_a_loaded_model_is_the_evaluated_one(name, finished_run):
     for checkpoint in (finished_run / name / "checkpoints").iterdir():
         torch.load(checkpoint, weights_only=True)  # nothing that could be executed
@@ -499,14 +500,14 @@ def test_nobody_to_evaluate(make_config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(make_config, tmp_path, monkeypatch):
-    original = SASRec.encode
+    original = SingleBranch.encode
     steps = iter(range(100))
 
     def encode(self, *arguments):
         users = original(self, *arguments)
         return users * torch.nan if self.training and next(steps) == 4 else users
 
-    monkeypatch.setattr(SASRec, "encode", encode)
+    monkeypatch.setattr(SingleBranch, "encode", encode)
     message = (
         "model 'semantic': the next_item loss is nan in epoch 1, step 1; a lower learning_rate often helps"
     )

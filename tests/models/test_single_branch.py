@@ -3,20 +3,20 @@ import torch
 
 from h2rec import SemanticIds
 from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding
-from h2rec.models import SASRec
+from h2rec.models import SingleBranch
 from h2rec.models.base import scale_tables
 
 
 def test_is_the_backbone_over_scaled_embeddings_and_positions(device):
     torch.manual_seed(0)
-    model = SASRec(HashEmbedding(20, 8, padding_idx=20), max_length=6).to(device).eval()
+    model = SingleBranch(HashEmbedding(20, 8, padding_idx=20), max_length=6).to(device).eval()
     items, lengths = torch.randint(20, (2, 5)).to(device), torch.tensor([5, 3], device=device)
     vectors = model.embedding(items) * 8**0.5 + model.input.position.weight[:5]
     torch.testing.assert_close(model.encode(items, lengths), model.backbone(vectors))
 
 
 def test_sparse_gradients_of_the_hash_table(device):
-    model = SASRec(HashEmbedding(20, 8, padding_idx=20, sparse=True), max_length=6).to(device)
+    model = SingleBranch(HashEmbedding(20, 8, padding_idx=20, sparse=True), max_length=6).to(device)
     model.encode(torch.tensor([[3, 4, 20]], device=device), torch.tensor([2], device=device)).sum().backward()
     assert model.embedding.hash_table.grad.is_sparse
 
@@ -42,19 +42,19 @@ def test_scale_tables_leaves_other_parameters():
     sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 3))
     embedding = HarmonizedEmbedding(sids, 4, fusion="gate", padding_idx=5)
     before = embedding.gate.weight.clone()
-    SASRec(embedding)
+    SingleBranch(embedding)
     assert torch.equal(embedding.gate.weight, before)
 
 
 def test_refuses_unfit_embeddings():
     with pytest.raises(ValueError, match=r"embedding\.padding_idx must be num_embeddings=20, got None"):
-        SASRec(HashEmbedding(20, 8))
+        SingleBranch(HashEmbedding(20, 8))
     sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 3))
-    for fusion in ("none", "concat"):
-        embedding = HarmonizedEmbedding(sids, 4, fusion=fusion, padding_idx=5)
-        with pytest.raises(ValueError, match=f"embedding must return one vector .* got fusion='{fusion}'"):
-            SASRec(embedding)
-    with pytest.raises(ValueError, match="got pooling='levels'"):
-        SASRec(SemanticEmbedding(sids, 4, pooling="levels", padding_idx=5))
+    embedding = HarmonizedEmbedding(sids, 4, fusion="none", padding_idx=5)
+    with pytest.raises(ValueError, match="embedding must return one vector per item, got fusion='none'"):
+        SingleBranch(embedding)
+    for pooling in ("levels", "concat"):
+        with pytest.raises(ValueError, match=f"got pooling='{pooling}'"):
+            SingleBranch(SemanticEmbedding(sids, 4, pooling=pooling, padding_idx=5))
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
-        SASRec(HashEmbedding(20, 8, padding_idx=20), max_length=0)
+        SingleBranch(HashEmbedding(20, 8, padding_idx=20), max_length=0)
