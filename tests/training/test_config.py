@@ -115,7 +115,7 @@ def test_refuses_what_is_no_config(text, message):
             "models",
             (),
             ValueError,
-            "models: expected at least one of 'hash', 'semantic', 'sum', 'h2rec', got none",
+            "models: expected at least one of 'hash', 'llminit', .*, got none",
         ),
         ("models", ("hash", "tiger"), ValueError, "models: expected one of 'hash', .* got 'tiger'"),
         (

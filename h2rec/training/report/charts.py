@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 # Placeholder colours that nothing else draws, each replaced by a variable of the style sheet, which has a light
 # and a dark value for it.
 _INK, _MUTED, _GRID = "#010101", "#010102", "#010103"
-_SERIES = ("#020201", "#020202", "#020203", "#020204", "#020205", "#020206")
+_SERIES = ("#020201", "#020202", "#020203", "#020204", "#020205", "#020206", "#020207")
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
     colour: f"--series-{i}" for i, colour in enumerate(_SERIES)
 }
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES = ((), (5, 1.6), (1.4, 1.4), (5, 1.4, 1.4, 1.4), (8, 2), (3, 1))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ((), (5, 1.6), (1.4, 1.4), (5, 1.4, 1.4, 1.4), (8, 2), (3, 1), (1, 3))
 _KNOWN = ("hash", "semantic", "sum", "h2rec")
 
 

@@ -12,8 +12,11 @@ from typing import Any
 BASELINE = "hash"
 LABELS = {
     "hash": "Hash IDs only",
+    "llminit": "Hash IDs from content",
     "semantic": "Semantic IDs only",
     "sum": "Hash + semantic, summed",
+    "mean": "Hash + semantic, mean",
+    "concat": "Hash + semantic, side by side",
     "h2rec": "H2Rec",
 }
 

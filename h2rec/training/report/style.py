@@ -5,14 +5,14 @@ STYLE = """
   --page: #f6f7f9; --panel: #ffffff; --ink: #1b2330; --muted: #5d6878; --grid: #dfe3e9; --best: #fff1c9;
   --up: #0b6b4b; --down: #a8400a; --accent: #c24f00;
   --series-0: #0072b2; --series-1: #e69f00; --series-2: #009e73; --series-3: #d55e00; --series-4: #cc79a7;
-  --series-5: #56b4e9;
+  --series-5: #56b4e9; --series-6: #6b5b95;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #12161d; --panel: #1b212b; --ink: #e8ecf2; --muted: #a2adbd; --grid: #343d4b; --best: #4a3c12;
     --up: #55d6a4; --down: #ffa06b; --accent: #ff9a57;
     --series-0: #4ba3e0; --series-1: #f2bd4b; --series-2: #35c79c; --series-3: #ff7f3f; --series-4: #e5a3c8;
-    --series-5: #9ad5f7;
+    --series-5: #9ad5f7; --series-6: #b8a9e0;
   }
 }
 * { box-sizing: border-box; }

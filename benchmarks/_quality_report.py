@@ -1,0 +1,141 @@
+"""What the cells of `benchmarks.quality` say together: a table, tests of significance, pictures."""
+
+import importlib.util
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from h2rec.training.evaluation import hits_and_gains
+from h2rec.training.files import replacing
+
+SLICES = ("overall", "head", "tail")
+CHAMPION = "h2rec"
+RESAMPLES = 10_000
+_CHUNK = 2**22  # drawn users at a time
+
+
+def write_report(output: Path) -> Path:
+    """Writes ``report.md`` and, with matplotlib, the pictures beside it, from all cells of the folder."""
+    cells = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
+    parts = [
+        "# Quality\n\nTest users; mean over seeds. Full: against the whole catalog. Sampled: against 100 negatives.\n"
+    ]
+    for data in sorted({cell["data"] for cell in cells}):
+        of_data = [cell for cell in cells if cell["data"] == data]
+        parts.append(f"## {data}\n\n{table(of_data)}\n{significance(of_data, output / 'cells')}")
+    path = output / "report.md"
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        from ._quality_plot import draw
+
+        for name, figure in draw(cells).items():
+            with replacing(output / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=130)
+    return path
+
+
+def mean_metric(cells: Sequence[dict[str, Any]], ranking: str, group: str, metric: str = "NDCG@10") -> float:
+    """Mean over seeds of a test metric; ``group`` is overall, head, tail or a popularity band."""
+    values = []
+    for cell in cells:
+        groups = cell["test"][ranking]
+        values.append((groups["bands"].get(group) or groups[group])[metric])
+    return statistics.fmean(values)
+
+
+def by_variant(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {v: [c for c in cells if c["variant"] == v] for v in dict.fromkeys(c["variant"] for c in cells)}
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """A line per variant, best full ranking last."""
+    head = ("model", "seeds", "HR@10", *(f"NDCG@10 {s}" for s in SLICES), *(f"sampled {s}" for s in SLICES))
+    lines = [
+        "| " + " | ".join((*head, "valid NDCG@10", "epochs", "s / epoch")) + " |",
+        "|---" * (len(head) + 3) + "|",
+    ]
+    groups = by_variant(cells)
+    for variant in sorted(groups, key=lambda v: mean_metric(groups[v], "full", "overall")):
+        group = groups[variant]
+        numbers = [mean_metric(group, "full", "overall", "HR@10")]
+        numbers += [mean_metric(group, ranking, s) for ranking in ("full", "sampled") for s in SLICES]
+        valid = statistics.fmean(cell["valid"]["full"]["overall"]["NDCG@10"] for cell in group)
+        epochs = statistics.fmean(cell["epochs"] for cell in group)
+        seconds = statistics.fmean(cell["seconds"] / cell["epochs"] for cell in group)
+        row = [
+            variant,
+            str(len(group)),
+            *(f"{n:.4f}" for n in (*numbers, valid)),
+            f"{epochs:.0f}",
+            f"{seconds:.0f}",
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def significance(cells: Sequence[dict[str, Any]], folder: Path) -> str:
+    """H2Rec against every other variant, on each slice, paired over users: difference, interval, p."""
+    groups = by_variant(cells)
+    if CHAMPION not in groups:
+        return ""
+    head = ("h2rec against", *(f"{ranking} {s}" for ranking in ("full", "sampled") for s in SLICES))
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for variant in groups:
+        if variant == CHAMPION:
+            continue
+        row = [variant]
+        for ranking in ("full", "sampled"):
+            ours, theirs = (user_gains(groups[v], folder, ranking) for v in (CHAMPION, variant))
+            members = slices_of(groups[CHAMPION][0], folder).values()
+            row += [describe(*paired_bootstrap(ours[m], theirs[m])) for m in members]
+        lines.append("| " + " | ".join(row) + " |")
+    note = f"Relative difference of NDCG@10, 95 % interval, p (two-sided); {RESAMPLES:,} paired resamples of users.\n"
+    return "\n".join(lines) + "\n\n" + note
+
+
+def cell_ranks(cell: dict[str, Any], folder: Path) -> Any:
+    return np.load(folder / f"{cell['data']}.{cell['variant']}.{cell['seed']}.npz")
+
+
+def user_gains(cells: Sequence[dict[str, Any]], folder: Path, ranking: str) -> np.ndarray:
+    """NDCG@10 of each test user, mean over seeds: ``[n]``."""
+    return np.mean([hits_and_gains(cell_ranks(c, folder)[ranking])["NDCG@10"] for c in cells], axis=0)
+
+
+def slices_of(cell: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
+    """Which users count in overall, head, tail: bool ``[n]`` each."""
+    is_head = cell_ranks(cell, folder)["is_head"]
+    return {"overall": np.ones(len(is_head), dtype=bool), "head": is_head, "tail": ~is_head}
+
+
+def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, float]:
+    """Relative difference of the means, its 95 % interval, and the two-sided p that it is 0.
+
+    Users are drawn with replacement, each with both of its values.
+
+    Args:
+        ours, theirs: ``[n]``, of the same users.
+    """
+    rng = np.random.default_rng(0)
+    # Most users gain nothing from either: how many of the others are drawn is binomial, and which ones uniform.
+    others = np.flatnonzero((ours > 0) | (theirs > 0))
+    drawn = rng.binomial(len(ours), len(others) / len(ours), RESAMPLES)
+    sums = []
+    for counts in np.array_split(drawn, max(1, drawn.sum() // _CHUNK)):
+        user = rng.choice(others, counts.sum()) if counts.sum() else others[:0]
+        resample = np.repeat(np.arange(len(counts)), counts)
+        sums.append([np.bincount(resample, gains[user], len(counts)) for gains in (ours, theirs)])
+    resampled = np.concatenate(sums, axis=1)  # [2, RESAMPLES]
+    differences = resampled[0] - resampled[1]
+    low, high = np.quantile(differences / np.maximum(resampled[1], 1e-12), (0.025, 0.975))
+    p = 2 * (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + RESAMPLES)
+    return ours.sum() / max(theirs.sum(), 1e-12) - 1, low, high, min(p, 1.0)
+
+
+def describe(difference: float, low: float, high: float, p: float) -> str:
+    return f"{100 * difference:+.1f} % ({100 * low:+.1f} .. {100 * high:+.1f}), p = {p:.2g}"

@@ -1,0 +1,163 @@
+"""The quality benchmark: cells that are whole or not there, and honest significance."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from benchmarks import quality
+from benchmarks._quality_report import paired_bootstrap
+
+TINY = ("dim=8", "num_layers=1", "max_epochs=1", "max_length=6", "ranking_negatives=10", "accelerator=cpu")
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(40), 6)
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    pl.DataFrame(
+        {
+            "user_id": users,
+            "item_id": (rng.integers(0, 50, 40).repeat(6) + np.tile(np.arange(6), 40)) % 50,
+            "order": np.tile(np.arange(6), 40),
+        }
+    ).write_parquet(folder / "interactions.parquet")
+    np.save(folder / "vectors.npy", rng.standard_normal((50, 8), dtype=np.float32))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_codebooks(monkeypatch):
+    from h2rec.tokenizers import RQKMeans
+
+    monkeypatch.setattr(quality, "tokenize", lambda vectors, _: RQKMeans(2, 4).fit(vectors).tokenize(vectors))
+
+
+def run(data, output, *arguments):
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    quality.main(
+        [
+            str(data),
+            "--output",
+            str(output),
+            "--models",
+            "hash,h2rec,h2rec-no-granularity",
+            *settings,
+            *arguments,
+        ]
+    )
+
+
+def test_killed_cells_are_made_again_and_finished_ones_kept(data, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    train_run = quality.train_run
+
+    def killed(config, run_dir, *, resume):
+        if "h2rec" in config.models:
+            train_run(config, run_dir, resume=resume)
+            raise KeyboardInterrupt
+        return train_run(config, run_dir, resume=resume)
+
+    monkeypatch.setattr(quality, "train_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, output)
+    assert [path.name for path in (output / "cells").glob("*.json")] == ["shop.hash.0.json"]
+    before = (output / "cells" / "shop.hash.0.json").read_bytes()
+    monkeypatch.setattr(quality, "train_run", train_run)
+    run(data, output)
+    assert (output / "cells" / "shop.hash.0.json").read_bytes() == before
+    assert {path.name for path in (output / "cells").iterdir()} == {
+        f"shop.{model}.0.{kind}"
+        for model in ("hash", "h2rec", "h2rec-no-granularity")
+        for kind in ("json", "npz")
+    }
+    assert "3 cells, 1 of them finished before" in capsys.readouterr().out
+
+    cell = json.loads((output / "cells" / "shop.h2rec.0.json").read_text())
+    ranks = np.load(output / "cells" / "shop.h2rec.0.npz")
+    gains = np.where(ranks["full"] <= 10, 1 / np.log2(1 + ranks["full"]), 0)
+    assert gains.mean() == pytest.approx(cell["test"]["full"]["overall"]["NDCG@10"])
+    assert gains[ranks["is_head"]].mean() == pytest.approx(cell["test"]["full"]["head"]["NDCG@10"])
+    report = (output / "report.md").read_text()
+    assert "h2rec against" in report
+    assert f"{cell['test']['full']['overall']['NDCG@10']:.4f}" in report
+    assert {path.name for path in output.glob("*.png")} == {"bands.png", "seesaw.png", "ablation.png"}
+
+    with pytest.raises(
+        SystemExit, match=r"other settings, use another --output: learning_rate is 0\.001, not 0\.1"
+    ):
+        run(data, output, "--set", "learning_rate=0.1")
+
+
+def test_settings_and_seeds_arrive(data, tmp_path):
+    options = quality.parse(
+        [str(data), "--output", str(tmp_path), "--seeds", "3,4", "--set", "dropout=0.5", "--set", "loss=bce"]
+    )
+    assert options.seeds == (3, 4)
+    config = quality.make_config(quality.Cell(data, "h2rec-one-backbone", 4), options)
+    assert (config.seed, config.dropout, config.loss, config.share_backbone) == (4, 0.5, "bce", True)
+    assert config.embeddings == str(data / "vectors.npy")
+    assert quality.make_config(quality.Cell(data, "h2rec-random-start", 4), options).embeddings is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "tiger"], "expected some of hash"),
+        (["--set", "droput=1"], "expected NAME=VALUE with a setting of TrainConfig, got 'droput=1'"),
+        (["--quantizer", "kd_tree"], "invalid choice"),
+    ],
+)
+def test_refuses(arguments, message, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        quality.parse([str(data), "--output", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quality.parse([str(tmp_path / "nowhere"), "--output", str(tmp_path)])
+    assert "expected a folder with interactions.parquet" in capsys.readouterr().err
+
+
+def test_time_left(tmp_path):
+    cells = [quality.Cell(tmp_path / "shop", model, 1) for model in ("hash", "sum")]
+    assert quality.seconds_left(cells, tmp_path) is None
+    for model, seconds in (("hash", 100), ("h2rec", 300)):
+        content = {"data": "shop", "variant": model, "seconds": seconds}
+        (tmp_path / f"{model}.json").write_text(json.dumps(content))
+    assert quality.seconds_left(cells, tmp_path) == 100 + 200
+    assert quality.time_left(300) == ", about 5 min left"
+    assert quality.time_left(7500) == ", about 2 h 5 min left"
+
+
+def test_bootstrap_agrees_with_the_normal_approximation():
+    rng = np.random.default_rng(1)
+    theirs = rng.random(4000) * (rng.random(4000) < 0.2)
+    ours = np.where(rng.random(4000) < 0.9, theirs * 1.05, rng.random(4000) * (rng.random(4000) < 0.25))
+    difference, low, high, p = paired_bootstrap(ours, theirs)
+    assert difference == pytest.approx(ours.mean() / theirs.mean() - 1)
+    # delta method for a ratio of means
+    residual = (ours - (1 + difference) * theirs) / theirs.mean()
+    deviation = residual.std() / 4000**0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.05)
+    assert low < difference < high
+    assert 0 < p <= 1
+
+
+def test_bootstrap_of_noise_is_rarely_significant():
+    rng = np.random.default_rng(2)
+    values = []
+    for _ in range(60):
+        pair = rng.random((2, 300)) * (rng.random((2, 300)) < 0.3)
+        values.append(paired_bootstrap(*pair)[3])
+    assert 0 <= np.mean(np.array(values) < 0.05) < 0.15
+    assert 0.3 < np.mean(values) < 0.7
+
+
+def test_bootstrap_ends():
+    zeros, ones = np.zeros(10), np.ones(10)
+    assert paired_bootstrap(zeros, zeros)[3] == 1
+    assert paired_bootstrap(ones, ones) == (0, 0, 0, 1)
+    assert paired_bootstrap(2 * ones, ones)[:3] == pytest.approx((1, 1, 1))
+    assert paired_bootstrap(2 * ones, ones)[3] < 0.001
