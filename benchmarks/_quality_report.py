@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from h2rec._files import replacing
 from h2rec.training.evaluation import hits_and_gains
-from h2rec.training.files import replacing
 
 SLICES = ("overall", "head", "tail")
 CHAMPION = "h2rec"

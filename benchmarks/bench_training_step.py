@@ -10,11 +10,12 @@ from torch import nn
 
 from h2rec import SemanticIds
 from h2rec.data import SequenceBatch
-from h2rec.models import MODELS, SequentialModel, build_model
+from h2rec.models import SequentialModel, build_model
 from h2rec.testing import zipf_ids
 from h2rec.training.losses import binary_cross_entropy
 
 BASELINE = "SASRec on nn.Embedding"
+NAMES = ("hash", "semantic", "sum", "h2rec")
 
 
 class Shape(NamedTuple):
@@ -43,7 +44,7 @@ def bench_step(compare, shape, device):
     batch = _full_batch(shape, generator, device)
     codes = torch.randint(shape.K, (shape.N, shape.L), generator=generator)
     sids = SemanticIds(codes, codebook_sizes=(shape.K,) * shape.L)
-    models = {name: build_model(name, sids, dim=shape.D, max_length=shape.T) for name in MODELS}
+    models = {name: build_model(name, sids, dim=shape.D, max_length=shape.T) for name in NAMES}
     models = {BASELINE: _on_nn_embedding(models["hash"], shape), **models}
     calls = {name: _training_step(name, model.to(device), batch) for name, model in models.items()}
     compare(calls, baseline=BASELINE, agree=_agree, memory=True)

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 
 from h2rec import SemanticIds
+from h2rec._files import replacing
 from h2rec.data import popularity_head
 from h2rec.training import TrainConfig, read_split, train_run
 from h2rec.training.config import PRESETS
-from h2rec.training.files import replacing, write_json
+from h2rec.training.files import write_json
 
 from ._machine import describe_machine
 from ._quality_report import write_report
