@@ -40,9 +40,10 @@ class SingleBranch(SequentialModel):
                 f"embedding.padding_idx must be num_embeddings={self.padding_idx}, got {embedding.padding_idx}"
             )
         fusion, pooling = (getattr(embedding, option, None) for option in ("fusion", "pooling"))
-        for option, value in (("fusion", fusion), ("pooling", pooling)):
-            if value in ("none", "levels") or (option == "pooling" and value == "concat"):
-                raise ValueError(f"embedding must return one vector per item, got {option}={value!r}")
+        if fusion == "none" or pooling in ("levels", "concat"):
+            raise ValueError(
+                f"embedding must return one vector per item, got fusion={fusion!r}, pooling={pooling!r}"
+            )
         dim = embedding.embedding_dim * (2 if fusion == "concat" else 1)
         self.embedding = embedding
         self.input = PositionedInput(dim, max_length, dropout)

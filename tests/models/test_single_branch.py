@@ -51,10 +51,12 @@ def test_refuses_unfit_embeddings():
         SingleBranch(HashEmbedding(20, 8))
     sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 3))
     embedding = HarmonizedEmbedding(sids, 4, fusion="none", padding_idx=5)
-    with pytest.raises(ValueError, match="embedding must return one vector per item, got fusion='none'"):
+    with pytest.raises(
+        ValueError, match="embedding must return one vector per item, got fusion='none', pooling='sum'"
+    ):
         SingleBranch(embedding)
     for pooling in ("levels", "concat"):
-        with pytest.raises(ValueError, match=f"got pooling='{pooling}'"):
+        with pytest.raises(ValueError, match=f"got fusion=None, pooling='{pooling}'"):
             SingleBranch(SemanticEmbedding(sids, 4, pooling=pooling, padding_idx=5))
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         SingleBranch(HashEmbedding(20, 8, padding_idx=20), max_length=0)

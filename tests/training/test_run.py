@@ -287,7 +287,7 @@ def stop_at(monkeypatch):
 @pytest.mark.parametrize("moment", ["best", "last", "ranks", "first", "inputs"])
 def test_a_run_goes_on_from_any_moment(moment, make_config, tmp_path, stop_at, monkeypatch):
     """Stopped between any two files, as SIGKILL would stop it."""
-    config = make_config(models=("hash", "h2rec"), patience=1, max_epochs=6, loss="bce")
+    config = make_config(models=("hash", "h2rec"), patience=2, max_epochs=6, loss="bce")
     undisturbed = train_run(config, tmp_path / "undisturbed")
 
     if moment == "best":  # the best checkpoint of the second model is there, its last one is an epoch behind
