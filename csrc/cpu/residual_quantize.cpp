@@ -292,7 +292,8 @@ void residual_quantize(const Vectors& x, const Codebooks<T>& codebooks, std::int
     if (coarse_pays(plan)) {
       const CoarseLevels coarse(plan, width, parallel_for);
       plan.coarse = coarse.get();
-      return quantize_all<T>(plan, width, avx512::coarse_tile_bytes(plan), avx512::quantize_rows_coarsely, parallel_for);
+      const std::int64_t bytes = avx512::coarse_tile_bytes(plan);
+      return quantize_all<T>(plan, width, bytes, avx512::quantize_rows_coarsely, parallel_for);
     }
   }
 #endif

@@ -1,17 +1,17 @@
-// Nearest codewords with 8-bit products, for AVX512-VNNI. residual_quantize.cpp includes this after the AVX-512 kernels:
-// coarse scores, four times as quick as those in fp32, leave a few candidates, and fp32 decides among these exactly as
-// find_nearest would. README.md derives the bounds.
+// Nearest codewords with products of bytes, for AVX512-VNNI; residual_quantize.cpp includes this after the AVX-512
+// kernels. Coarse scores, four times as quick as those in fp32, leave a few candidates, and fp32 decides among these
+// exactly as find_nearest would. README.md derives the bounds.
 
 constexpr int kWidth = kPanel<float>;  // codewords side by side
 constexpr int kGroup = 4;              // bytes that one lane of an instruction multiplies and adds
 constexpr int kMaxCandidates = 64;
 constexpr int kChains = 8;
 
-constexpr float kUnit = 0x1p-24f;    // relative error of a rounding
-constexpr float kSlack = 1.002f;     // for the roundings of a bound itself
-constexpr float kLost = 2e-19f;      // the square of less than this may be no normal number
+constexpr float kUnit = 0x1p-24f;     // relative error of a rounding
+constexpr float kSlack = 1.005f;      // for the roundings of a bound itself, of sums of up to 65,536 numbers
+constexpr float kLost = 2e-19f;       // the square of less than this may be no normal number
 constexpr float kUnderflow = 3e-38f;  // absolute error of a product, where results that are not normal count as zero
-constexpr float kTooLarge = 1e37f;   // sums of a few such numbers stay finite
+constexpr float kTooLarge = 1e37f;    // sums of a few such numbers stay finite
 
 static inline std::int64_t groups_of(std::int64_t dim) { return (dim + kGroup - 1) / kGroup; }
 static inline std::int64_t padded(std::int64_t dim) { return (dim + 15) / 16 * 16; }
@@ -26,8 +26,9 @@ template <typename Body>
   if (d < dim) body(d, static_cast<__mmask16>((1u << (dim - d)) - 1));
 }
 
-
-static inline __m512 load(const float* values, std::int64_t d, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, values + d); }
+static inline __m512 load(const float* values, std::int64_t d, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, values + d);
+}
 
 // ---- from fp32 to 8 bits ----
 
@@ -47,10 +48,11 @@ struct Rounded {
 };
 
 // 0 where the product of two scales might not be a normal number.
-static inline float scale_for(float largest_magnitude) { return largest_magnitude > 1e-16f ? largest_magnitude / 127 : 0; }
+static inline float scale_for(float largest) { return largest > 1e-16f ? largest / 127 : 0; }
 
 // Writes padded(dim) bytes.
-static inline Rounded round_row(const float* row, const float* centre, std::int64_t dim, float scale, std::int8_t* bytes) {
+static inline Rounded round_row(const float* row, const float* centre, std::int64_t dim, float scale,
+                                std::int8_t* bytes) {
   const __m512 step = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
   __m512 norm = _mm512_setzero_ps(), error = norm, on_centre = norm;
   __m512i sum = _mm512_setzero_si512();
@@ -95,9 +97,12 @@ static void round_level(const Level<float>& level, std::int64_t dim, std::int8_t
   }
   coarse.scale = scale_for(largest);
   coarse.norm = coarse.error = coarse.offset = coarse.half_norm = 0;
-  const auto raise = [](float& bound, float value) { bound = value <= bound || bound != bound ? bound : value; };  // NaN stays
+  const auto raise = [](float& bound, float value) {  // NaN stays
+    bound = value <= bound || bound != bound ? bound : value;
+  };
   for (std::int64_t k = 0; k < level.num_panels * kWidth; ++k) {
-    std::int32_t* column = reinterpret_cast<std::int32_t*>(coarse.panels + k / kWidth * coarse_panel_bytes(dim)) + k % kWidth;
+    std::uint8_t* const panel = coarse.panels + k / kWidth * coarse_panel_bytes(dim);
+    std::int32_t* const column = reinterpret_cast<std::int32_t*>(panel) + k % kWidth;
     if (k >= level.size) {
       for (std::int64_t g = 0; g < groups_of(dim); ++g) column[g * kWidth] = 0;
       coarse.offsets[k] = __builtin_inff();
@@ -137,14 +142,15 @@ struct CoarseTile {
   }
 };
 
-// To each lane of `sums` the products of its group of bytes. In place of _mm512_dpbusd_epi32, which GCC 12 surrounds with copies.
+// Adds to each lane the products of its group of bytes. GCC 12 surrounds _mm512_dpbusd_epi32 with copies of the sums.
 static inline void add_products(__m512i& sums, __m512i codewords, __m512i row) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codewords), "v"(row));
 }
 
-// scores = offset - scale * <bytes, codeword>.
-[[gnu::noinline]] static void multiply_coarse(const Plan<float>& plan, const Level<float>& level, const CoarseLevel& coarse,
-                            const Rounded (&rounded)[kRows], const float (&scales)[kRows], const CoarseTile& tile) {
+// scores = offset - scale * <bytes, codeword>. Not to be inlined: elsewhere there are not enough registers.
+[[gnu::noinline]] static void multiply_coarse(const Plan<float>& plan, const Level<float>& level,
+                                              const CoarseLevel& coarse, const Rounded (&rounded)[kRows],
+                                              const float (&scales)[kRows], const CoarseTile& tile) {
   const std::int64_t groups = groups_of(plan.x.dim), stride = padded(plan.x.dim) / kGroup;
   const __m512i* panel = reinterpret_cast<const __m512i*>(coarse.panels);
   for (std::int64_t p = 0; p < level.num_panels; ++p) {
@@ -166,15 +172,18 @@ static inline void add_products(__m512i& sums, __m512i codewords, __m512i row) {
     for (int r = 0; r < kRows; ++r) {
       const __m512 scale = _mm512_set1_ps(scales[r] * coarse.scale);
       float* scores = tile.scores + r * tile.scores_stride + p * kWidth;
-      _mm512_store_ps(scores, _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sums[r][0]), scale, _mm512_load_ps(offsets)));
-      _mm512_store_ps(scores + 16, _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sums[r][1]), scale, _mm512_load_ps(offsets + 16)));
+#pragma GCC unroll 2
+      for (int c = 0; c < kColumns; ++c) {
+        const __m512 products = _mm512_cvtepi32_ps(sums[r][c]), offset = _mm512_load_ps(offsets + 16 * c);
+        _mm512_store_ps(scores + 16 * c, _mm512_fnmadd_ps(products, scale, offset));
+      }
     }
   }
 }
 
 // ---- candidates of one row ----
 
-// How far scores may be from exact ones: coarse ones; those of find_nearest, and of score_of.
+// How far scores may be from exact ones: coarse ones; sums in fp32, of find_nearest, score_of and Rounded::on_centre.
 struct Bounds {
   float coarse, fine;
 };
@@ -214,7 +223,8 @@ static inline std::int32_t find_least(const float* scores, std::int64_t count) {
 // The codes, in ascending order, of scores up to `limit`. False if they are too many.
 static inline bool collect(const float* scores, std::int64_t count, float limit, CandidateList& candidates) {
   __m512i codes = first_codes();
-  for (std::int64_t k = 0; k < count && candidates.count <= kMaxCandidates; k += 16) {  // no branch that is hard to predict
+  for (std::int64_t k = 0; k < count && candidates.count <= kMaxCandidates; k += 16) {
+    // No branch, for it would be hard to predict.
     const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_load_ps(scores + k), _mm512_set1_ps(limit), _CMP_LE_OQ);
     _mm512_storeu_si512(candidates.codes + candidates.count, _mm512_maskz_compress_epi32(mask, codes));
     candidates.count += __builtin_popcount(mask);
@@ -234,7 +244,8 @@ static inline float score_of(const float* row, const Level<float>& level, std::i
 }
 
 // Leaves those whose score is up to `slack` above the least.
-static void narrow(const float* row, const Level<float>& level, std::int64_t dim, float slack, CandidateList& candidates) {
+static void narrow(const float* row, const Level<float>& level, std::int64_t dim, float slack,
+                   CandidateList& candidates) {
   float scores[kMaxCandidates], least = __builtin_inff();
   for (std::int64_t i = 0; i < candidates.count; ++i) {
     scores[i] = score_of(row, level, dim, candidates.codes[i]);
@@ -248,7 +259,8 @@ static void narrow(const float* row, const Level<float>& level, std::int64_t dim
 }
 
 // The nearest by the sums of `multiply`, rounding by rounding; the lowest index on a tie.
-static std::int32_t decide(const float* row, const Level<float>& level, std::int64_t dim, const CandidateList& candidates) {
+static std::int32_t decide(const float* row, const Level<float>& level, std::int64_t dim,
+                           const CandidateList& candidates) {
   float least = __builtin_inff();
   std::int32_t code = candidates.codes[0];
   for (std::int64_t first = 0; first < candidates.count; first += kChains) {
@@ -272,9 +284,9 @@ static std::int32_t decide(const float* row, const Level<float>& level, std::int
 
 // ---- what takes find_nearest's place ----
 
-// kRows rows. False if candidates cannot be told apart for one of the first num_rows.
-static bool find_candidates(const Plan<float>& plan, const Level<float>& level, const CoarseLevel& coarse, const float* rows,
-                            std::int64_t num_rows, const CoarseTile& tile, std::int32_t* codes) {
+// kRows rows. False if one of the first num_rows has no finite bound, or too many candidates.
+static bool find_candidates(const Plan<float>& plan, const Level<float>& level, const CoarseLevel& coarse,
+                            const float* rows, std::int64_t num_rows, const CoarseTile& tile, std::int32_t* codes) {
   const std::int64_t dim = plan.x.dim, num_codes = level.num_panels * kWidth;
   Rounded rounded[kRows];
   float scales[kRows];
@@ -288,17 +300,17 @@ static bool find_candidates(const Plan<float>& plan, const Level<float>& level, 
   // Step by step for all rows, as the steps of one row wait for each other.
   std::int32_t pivots[kRows];
   for (int r = 0; r < kRows; ++r) pivots[r] = find_least(tile.scores + r * tile.scores_stride, num_codes);
-  float limits[kRows], slacks[kRows];
+  float limits[kRows], slacks[kRows];  // of coarse scores; between sums in fp32
   for (int r = 0; r < kRows; ++r) {
     const Bounds bounds = bounds_of(rounded[r], coarse, dim);
     slacks[r] = 4 * kSlack * bounds.fine;
-    limits[r] = score_of(rows + r * plan.stride, level, dim, pivots[r]) + rounded[r].on_centre + bounds.coarse + slacks[r];
+    const float score = score_of(rows + r * plan.stride, level, dim, pivots[r]);
+    limits[r] = score + rounded[r].on_centre + bounds.coarse + slacks[r];
   }
   for (std::int64_t r = 0; r < num_rows; ++r) {
     CandidateList candidates;
-    if (!(limits[r] < kTooLarge) || !collect(tile.scores + r * tile.scores_stride, num_codes, limits[r], candidates)) {
-      return false;
-    }
+    const float* scores = tile.scores + r * tile.scores_stride;
+    if (!(limits[r] < kTooLarge) || !collect(scores, num_codes, limits[r], candidates)) return false;
     const float* row = rows + r * plan.stride;
     if (candidates.count > 1) narrow(row, level, dim, slacks[r], candidates);
     codes[r * plan.num_levels] = candidates.count > 1 ? decide(row, level, dim, candidates) : candidates.codes[0];
