@@ -85,15 +85,15 @@ class GranularityCrossAttention(nn.Module):
 
         gates = torch.softmax(self.gate(hashed) + self.prior, dim=-1)  # [B, T, L]
 
-        query = torch.bmm(levels.flatten(0, 1).transpose(0, 1), self.query_weight)  # [L, B * T, D]
-        key_value = torch.matmul(hashed.flatten(0, 1), self.key_value_weight)  # [L, B * T, 2 D]
-        key, value = key_value.view(-1, length, 2 * self.dim).chunk(2, dim=-1)  # [L * B, T, D]
-        answers = causal_attention(query.view(-1, length, self.dim), key, value, self.num_heads)
+        # The levels are further heads of one attention, which reads and writes [B, T, L * D] in place.
+        query = torch.einsum("btld,lde->btle", levels, self.query_weight).flatten(2)
+        weight = self.key_value_weight.unflatten(2, (2, -1)).permute(1, 2, 0, 3)  # [D, 2, L, D]
+        key, value = (hashed @ weight.flatten(1)).chunk(2, dim=-1)
+        answers = causal_attention(query, key, value, self.num_levels * self.num_heads)
 
         # Weighing before the output projection turns L projections and their sum into one product.
-        weighed = answers.view(self.num_levels, -1, self.dim) * gates.flatten(0, 1).t().unsqueeze(-1)
-        mixed = torch.einsum("lnd,lde->ne", weighed, self.output_weight)
-        mixed = mixed.view(batch, length, self.dim) + gates @ self.output_bias
+        weighed = answers.unflatten(2, (self.num_levels, -1)) * gates.unsqueeze(-1)
+        mixed = weighed.flatten(2) @ self.output_weight.flatten(0, 1) + gates @ self.output_bias
         return self.dropout(mixed), gates
 
     def extra_repr(self) -> str:
