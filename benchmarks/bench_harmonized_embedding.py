@@ -14,7 +14,7 @@ from . import _yardsticks, eager
 from ._agreement import as_accurate_as
 from ._columns import h2rec_columns
 
-BY_LEVEL, BAG, OURS = "eager F.embedding", "eager F.embedding_bag", "h2rec"
+BY_LEVEL, BAG, COMPILED, OURS = "eager F.embedding", "eager F.embedding_bag", "torch.compile", "h2rec"
 BASELINE = BY_LEVEL
 
 
@@ -40,9 +40,17 @@ class Setting:
         self.hash_table = torch.randn(shape.R, shape.D, device=device)
         self.cotangents = torch.randn(2, shape.T, shape.D, device=device)
 
-    def compare(self, compare: Callable, *, backward: bool, sparse: bool = False, **options: Any) -> None:
+    def compare(
+        self,
+        compare: Callable,
+        rivals: tuple[str, ...],
+        *,
+        backward: bool,
+        sparse: bool = False,
+        **options: Any,
+    ) -> None:
         columns = {
-            **{name: self._call(name, backward, sparse) for name in (BY_LEVEL, BAG)},
+            **{name: self._call(name, backward, sparse) for name in rivals},
             **h2rec_columns("harmonized_embedding", self._call(OURS, backward, sparse), self.device.type),
         }
         agree = as_accurate_as(_in_one_form(self._call(BASELINE, backward, sparse, torch.float64)()))
@@ -59,16 +67,20 @@ class Setting:
         """Gives (semantic [T, D], hashed [T, D]), followed by the gradients of the form's tables if asked for."""
         books = {
             BY_LEVEL: self.codebooks.unbind(),
+            COMPILED: self.codebooks.unbind(),
             BAG: [self.codebooks.flatten(0, 1)],
             OURS: [self.codebooks],
         }
         leaves = [t.detach().to(dtype).requires_grad_(backward) for t in (*books[form], self.hash_table)]
         cotangents = self.cotangents.to(dtype).unbind()
+        by_level = eager.harmonized_embedding
+        if form == COMPILED:
+            by_level = torch.compile(by_level, dynamic=False, fullgraph=True)
 
         def forward() -> tuple[Tensor, Tensor]:
             *books, table = leaves
-            if form == BY_LEVEL:
-                return eager.harmonized_embedding(self.item_ids, self.codes, books, table, sparse=sparse)
+            if form in (BY_LEVEL, COMPILED):
+                return by_level(self.item_ids, self.codes, books, table, sparse=sparse)
             if form == BAG:
                 return eager.harmonized_embedding_bag(
                     self.item_ids, self.codes_in_stack, *books, table, sparse=sparse
@@ -88,6 +100,13 @@ class Setting:
         """What must move at least: ids, codes and table rows of the tokens, the codebooks once, both outputs."""
         tokens, levels, dim = self.item_ids.numel(), self.codes.shape[1], self.hash_table.shape[1]
         return tokens * (8 + 4 * levels + 3 * 4 * dim) + 4 * self.codebooks.numel()
+
+    def bytes_backward(self, *, sparse: bool) -> float:
+        """Ids, codes and both cotangents are read; gradients of the codebooks and of the table's rows are written."""
+        tokens, levels, dim = self.item_ids.numel(), self.codes.shape[1], self.hash_table.shape[1]
+        rows = len(self.item_ids.unique()) if sparse else len(self.hash_table)
+        written = 4 * (self.codebooks.numel() + rows * dim)
+        return tokens * (8 + 4 * levels + 2 * 4 * dim) + written
 
 
 def _in_one_form(result: tuple[Tensor, ...]) -> list[Tensor]:
@@ -114,14 +133,19 @@ lookups = pytest.mark.shapes(
 @lookups
 def bench_forward(compare, shape, device):
     setting = Setting(shape, device)
-    rate = _yardsticks.of_copies(setting.bytes_forward(), device)
     with torch.no_grad():
-        setting.compare(compare, backward=False, rate=rate, memory=True)
+        setting.compare(
+            compare,
+            (BY_LEVEL, BAG, COMPILED),
+            backward=False,
+            rate=_yardsticks.of_copies(setting.bytes_forward(), device),
+            memory=True,
+        )
 
 
 @lookups
 def bench_forward_backward_sparse(compare, shape, device):
-    Setting(shape, device).compare(compare, backward=True, sparse=True, memory=True)
+    _forward_backward(compare, shape, device, sparse=True)
 
 
 @pytest.mark.shapes(
@@ -130,7 +154,20 @@ def bench_forward_backward_sparse(compare, shape, device):
     production=[Shape(200_000, 64, 4, 256, 20_000)],
 )
 def bench_forward_backward_dense(compare, shape, device):
-    Setting(shape, device).compare(compare, backward=True, memory=True)
+    _forward_backward(compare, shape, device, sparse=False)
+
+
+def _forward_backward(compare, shape, device, *, sparse):
+    setting = Setting(shape, device)
+    bytes_moved = setting.bytes_forward() + setting.bytes_backward(sparse=sparse)
+    setting.compare(
+        compare,
+        (BY_LEVEL, BAG, COMPILED),
+        backward=True,
+        sparse=sparse,
+        rate=_yardsticks.of_copies(bytes_moved, device),
+        memory=True,
+    )
 
 
 @pytest.mark.shapes(
@@ -141,4 +178,4 @@ def bench_forward_backward_dense(compare, shape, device):
 def bench_inference(compare, shape, device):
     """A thousand tokens: what a call costs beside its work."""
     with torch.inference_mode():
-        Setting(shape, device).compare(compare, backward=False)
+        Setting(shape, device).compare(compare, (BY_LEVEL, BAG), backward=False)

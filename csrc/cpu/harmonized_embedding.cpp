@@ -166,8 +166,9 @@ HarmonizedEmbeddingBackward::Gradient HarmonizedEmbeddingBackward::of_table() co
   return {{grad, op_.first_width}, 0, table_divisor(op_)};
 }
 
-// Each thread owns some columns of some levels, and adds to them in the order of the tokens: no partial sums, and the same
-// bits however the work is shared out.
+// Each thread owns some levels, or some columns of one, and adds to them in the order of the tokens: no partial sums, and the
+// same bits however the work is shared out. Levels go first: two threads that write to neighbouring columns would take each
+// other's cache lines away, as processors prefetch the line beside the one that is written.
 void HarmonizedEmbeddingBackward::codebooks(void* grad) const {
   const Gradient gradient = of_codebooks();
   const int64_t num_levels = op_.items.num_levels, dim = op_.codebook_dim;
@@ -190,21 +191,14 @@ void HarmonizedEmbeddingBackward::codebooks(void* grad) const {
                                sums};
   const int64_t line = 64 / sum_size;  // columns in a cache line, which no two threads should write
   const int64_t num_lines = (dim + line - 1) / line;
-  const auto add_lines = [&](int64_t first_level, int64_t last_level, int64_t first_line, int64_t last_line) {
-    add(codewords, first_level, last_level, first_line * line, std::min(last_line * line, dim));
-  };
-  parallel_for_(0, num_lines * num_levels, grain_for(op_.num_tokens * 64), [&](int64_t begin, int64_t end) {
-    while (begin < end) {  // all levels of as many lines as possible, and the ragged ends
-      const int64_t first_line = begin / num_levels, first_level = begin % num_levels;
-      if (first_level == 0 && end - begin >= num_levels) {
-        const int64_t last_line = end / num_levels;
-        add_lines(0, num_levels, first_line, last_line);
-        begin = last_line * num_levels;
-      } else {
-        const int64_t last_level = std::min(num_levels, first_level + end - begin);
-        add_lines(first_level, last_level, first_line, first_line + 1);
-        begin += last_level - first_level;
-      }
+  parallel_for_(0, num_levels * num_lines, grain_for(op_.num_tokens * 64), [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // as many whole levels as there are, and the ragged ends
+      const int64_t first_level = begin / num_lines, first_line = begin % num_lines;
+      const bool whole = first_line == 0 && end - begin >= num_lines;
+      const int64_t last_level = whole ? end / num_lines : first_level + 1;
+      const int64_t last_line = whole ? num_lines : std::min(num_lines, first_line + end - begin);
+      add(codewords, first_level, last_level, first_line * line, std::min(last_line * line, dim));
+      begin += (last_level - first_level) * (last_line - first_line);
     }
   });
 

@@ -34,12 +34,15 @@ void with_integer_type(IntegerType type, Function function) {
 // kNoRow for padding and for ids out of range.
 Fault read_ids(const ItemRows& items, int64_t begin, int64_t count, int64_t* ids) {
   Fault fault = Fault::kNone;
+  const uint64_t num_items = static_cast<uint64_t>(items.num_items);
+  const bool has_padding = items.padding_idx.has_value();
+  const int64_t padding_idx = items.padding_idx.value_or(0);
   with_integer_type(items.id_type, [&](auto example) {
     const auto* source = static_cast<const decltype(example)*>(items.item_ids) + begin;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t id = source[i];
-      const bool padding = items.padding_idx == id;
-      const bool in_range = static_cast<uint64_t>(id) < static_cast<uint64_t>(items.num_items);
+      const bool padding = id == padding_idx && has_padding;
+      const bool in_range = static_cast<uint64_t>(id) < num_items;
       if (!padding && !in_range) {
         fault = Fault::kItemId;
       }
@@ -49,41 +52,60 @@ Fault read_ids(const ItemRows& items, int64_t begin, int64_t count, int64_t* ids
   return fault;
 }
 
+// Calls `use(i, codes)` for each token that is not kNoRow, with its first code in memory.
+template <class Code, class Function>
+void for_each_code(const ItemRows& items, const int64_t* ids, int64_t count, Function use) {
+  const Code* const table = static_cast<const Code*>(items.codes);
+  const int64_t stride = items.code_strides[0];
+  for (int64_t i = -kPrefetchAhead; i < count; ++i) {
+    if (const int64_t ahead = i + kPrefetchAhead; ahead < count && ids[ahead] != kNoRow) {
+      __builtin_prefetch(table + ids[ahead] * stride);
+    }
+    if (i >= 0 && ids[i] != kNoRow) {
+      use(i, table + ids[i] * stride);
+    }
+  }
+}
+
 void read_codes(const ItemRows& items, const int64_t* ids, int64_t count, int64_t* codes) {
+  const int64_t num_levels = items.num_levels, stride = items.code_strides[1];
   with_integer_type(items.code_type, [&](auto example) {
-    const auto* table = static_cast<const decltype(example)*>(items.codes);
-    const auto first_code = [&](int64_t i) { return table + std::max<int64_t>(ids[i], 0) * items.code_strides[0]; };
-    for (int64_t i = 0; i < std::min(count, kPrefetchAhead); ++i) {
-      __builtin_prefetch(first_code(i));
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      if (i + kPrefetchAhead < count) {
-        __builtin_prefetch(first_code(i + kPrefetchAhead));
+    using Code = decltype(example);
+    for_each_code<Code>(items, ids, count, [=](int64_t i, const Code* source) {
+      for (int64_t level = 0; level < num_levels; ++level) {
+        codes[i * num_levels + level] = source[level * stride];
       }
-      const auto* source = first_code(i);
-      for (int64_t level = 0; level < items.num_levels; ++level) {
-        *codes++ = ids[i] == kNoRow ? 0 : source[level * items.code_strides[1]];  // a catalog may be empty
-      }
-    }
+    });
   });
 }
 
-Fault find_codebook_rows(const ItemRows& items, int64_t* ids, const int64_t* codes, int64_t count, std::int32_t* rows) {
+// Tokens with a code out of range become kNoRow.
+Fault find_codebook_rows(const ItemRows& items, int64_t* ids, int64_t count, std::int32_t* rows) {
+  const int64_t num_levels = items.num_levels, stride = items.code_strides[1];
+  const int64_t* const sizes = items.sizes;
   Fault fault = Fault::kNone;
-  for (int64_t i = 0; i < count; ++i, codes += items.num_levels, rows += items.num_levels) {
-    bool in_range = true;
-    int64_t first_row = 0;  // of the level's codebook
-    for (int64_t level = 0; level < items.num_levels; ++level) {
-      in_range &= static_cast<uint64_t>(codes[level]) < static_cast<uint64_t>(items.sizes[level]);
-      rows[level] = static_cast<std::int32_t>(first_row + codes[level]);
-      first_row += items.sizes[level];
-    }
-    if (ids[i] != kNoRow && !in_range) {
-      fault = Fault::kCode;
-      ids[i] = kNoRow;
-    }
+  with_integer_type(items.code_type, [&](auto example) {
+    using Code = decltype(example);
+    for_each_code<Code>(items, ids, count, [&, rows](int64_t i, const Code* source) {
+      std::int32_t* const target = rows + i * num_levels;
+      uint64_t first_row = 0;  // of the level's codebook
+      bool in_range = true;
+      for (int64_t level = 0; level < num_levels; ++level) {
+        const uint64_t code = static_cast<uint64_t>(static_cast<int64_t>(source[level * stride]));
+        const uint64_t size = static_cast<uint64_t>(sizes[level]);
+        in_range &= code < size;
+        target[level] = static_cast<std::int32_t>(first_row + code);
+        first_row += size;
+      }
+      if (!in_range) {
+        fault = Fault::kCode;
+        ids[i] = kNoRow;
+      }
+    });
+  });
+  for (int64_t i = 0; i < count; ++i) {
     if (ids[i] == kNoRow) {
-      std::fill_n(rows, items.num_levels, static_cast<std::int32_t>(kNoRow));
+      std::fill_n(rows + i * num_levels, num_levels, static_cast<std::int32_t>(kNoRow));
     }
   }
   return fault;
@@ -94,29 +116,39 @@ int64_t hash(uint64_t key, const int64_t* constants, int64_t num_rows) {
   return static_cast<int64_t>(((mixed >> 32) * static_cast<uint64_t>(num_rows)) >> 32);
 }
 
-void find_table_rows(const ItemRows& items, int64_t id, const int64_t* codes, int64_t* rows) {
-  uint64_t key = 0;
+// `codes [count, num_levels]` are read by kPrefix only.
+void find_table_rows(const ItemRows& items, const int64_t* ids, const int64_t* codes, int64_t count, int64_t* rows) {
+  const int64_t num_hashes = items.num_hashes;
+  const auto for_each = [&](auto find) {
+    for (int64_t i = 0; i < count; ++i, rows += num_hashes) {
+      ids[i] == kNoRow ? static_cast<void>(std::fill_n(rows, num_hashes, kNoRow)) : find(i, rows);
+    }
+  };
   switch (items.hash_mode) {
     case HashMode::kNone:
       return;
     case HashMode::kDirect:
-      rows[0] = id;
+      std::copy_n(ids, count, rows);
       return;
     case HashMode::kQuotientRemainder:
-      rows[0] = id % items.divisor;
-      rows[1] = items.divisor + id / items.divisor;
-      return;
+      return for_each([&](int64_t i, int64_t* found) {
+        found[0] = ids[i] % items.divisor;
+        found[1] = items.divisor + ids[i] / items.divisor;
+      });
     case HashMode::kMulti:
-      for (int64_t j = 0; j < items.num_hashes; ++j) {
-        rows[j] = hash(static_cast<uint64_t>(id), items.constants + 2 * j, items.num_rows);
-      }
-      return;
+      return for_each([&](int64_t i, int64_t* found) {
+        for (int64_t j = 0; j < num_hashes; ++j) {
+          found[j] = hash(static_cast<uint64_t>(ids[i]), items.constants + 2 * j, items.num_rows);
+        }
+      });
     case HashMode::kPrefix:
-      for (int64_t j = 0; j < items.num_hashes; ++j) {
-        key = key * kFold + static_cast<uint64_t>(codes[j]) + 1;
-        rows[j] = hash(key, items.constants + 2 * j, items.num_rows);
-      }
-      return;
+      return for_each([&](int64_t i, int64_t* found) {
+        uint64_t key = 0;
+        for (int64_t j = 0; j < num_hashes; ++j) {
+          key = key * kFold + static_cast<uint64_t>(codes[i * items.num_levels + j]) + 1;
+          found[j] = hash(key, items.constants + 2 * j, items.num_rows);
+        }
+      });
   }
 }
 
@@ -125,24 +157,22 @@ void find_table_rows(const ItemRows& items, int64_t id, const int64_t* codes, in
 Fault find_rows(const ItemRows& items, int64_t begin, int64_t end, std::int32_t* codebook_rows, int64_t* table_rows) {
   Fault fault = Fault::kNone;
   int64_t ids[kBlock];
-  const auto codes = std::make_unique_for_overwrite<int64_t[]>(kBlock * items.num_levels);
+  std::unique_ptr<int64_t[]> codes;
+  if (items.hash_mode == HashMode::kPrefix) {
+    codes = std::make_unique_for_overwrite<int64_t[]>(kBlock * items.num_levels);
+  }
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t count = std::min(kBlock, end - start);
     fault = std::max(fault, read_ids(items, start, count, ids));
-    if (items.codes != nullptr) {
-      read_codes(items, ids, count, codes.get());
-    }
     if (items.sizes != nullptr) {
-      fault = std::max(fault, find_codebook_rows(items, ids, codes.get(), count, codebook_rows));
+      fault = std::max(fault, find_codebook_rows(items, ids, count, codebook_rows));
       codebook_rows += count * items.num_levels;
     }
-    for (int64_t i = 0; i < count; ++i, table_rows += items.num_hashes) {
-      if (ids[i] == kNoRow) {
-        std::fill_n(table_rows, items.num_hashes, kNoRow);
-      } else {
-        find_table_rows(items, ids[i], codes.get() + i * items.num_levels, table_rows);
-      }
+    if (codes != nullptr) {
+      read_codes(items, ids, count, codes.get());
     }
+    find_table_rows(items, ids, codes.get(), count, table_rows);
+    table_rows += count * items.num_hashes;
   }
   return fault;
 }

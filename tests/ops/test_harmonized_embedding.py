@@ -269,6 +269,61 @@ def test_hash_rows_follow_the_formula(backend, mode, device, generator):
         assert row == expected
 
 
+# From the formula in integers of any size, with A = (0x5851F42D4C957F2D, 0x14057B7EF767814F) and
+# B = (0xD1342543DE82EF95, 0xF1357AEA2E62A9C5): a saved table must mean the same for ever.
+GOLDEN_CONSTANTS = torch.tensor(
+    [
+        [0x5851F42D4C957F2D, 0x14057B7EF767814F],
+        [0xD1342543DE82EF95 - (1 << 64), 0xF1357AEA2E62A9C5 - (1 << 64)],
+    ]
+)
+GOLDEN_MULTI = {  # id: its rows of 31
+    0: (2, 29),
+    1: (13, 23),
+    2: (23, 17),
+    96: (6, 12),
+    2**31: (22, 27),
+    2**40 + 7: (2, 5),
+}
+GOLDEN_PREFIX = {(0, 0): (9, 17), (3, 1): (10, 11), (4, 10): (18, 19), (4, 9): (18, 0)}  # codes: rows of 23
+
+
+@pytest.mark.parametrize("mode", ["multi", "prefix"])
+def test_hash_rows_are_those_of_the_golden_table(backend, mode, device):
+    golden, num_rows = (GOLDEN_MULTI, 31) if mode == "multi" else (GOLDEN_PREFIX, 23)
+    ids = list(golden) if mode == "multi" else range(len(golden))
+    _, counts = ops.harmonized_embedding(
+        torch.tensor(ids, device=device),
+        None if mode == "multi" else torch.tensor(list(golden), device=device),
+        None,
+        torch.eye(num_rows, device=device),
+        hashing=Hashing(mode, GOLDEN_CONSTANTS.to(device)),
+    )
+    rows = [tuple(sorted(row.nonzero()[:, 0].tolist())) for row in counts]
+    assert rows == [tuple(sorted(pair)) for pair in golden.values()]
+
+
+def test_a_table_of_more_than_2_31_elements(backend, tmp_path, device, generator):
+    """In a file with a hole, so that only rows that are touched take memory."""
+    num_rows, dim = (1 << 31) // 64 + 1000, 64
+    file = tmp_path / "table"
+    with file.open("wb") as handle:
+        handle.truncate(2 * num_rows * dim)
+    table = torch.from_file(str(file), shared=True, size=num_rows * dim, dtype=torch.bfloat16)
+    table = table.view(num_rows, dim).to(device)
+    item_ids = num_rows - 1 - torch.randperm(700, generator=generator).to(device)
+    rows = torch.randn(700, dim, generator=generator).to(device, torch.bfloat16)
+    table[item_ids] = rows
+    table.requires_grad_()
+    _, hashed = ops.harmonized_embedding(item_ids, None, None, table, sparse=True)
+    assert torch.equal(hashed, rows)
+    (grad,) = torch.autograd.grad(hashed, table, rows)
+    order = item_ids.argsort()
+    assert torch.equal(grad.indices()[0], item_ids[order])
+    assert torch.equal(grad.values(), rows[order])
+    file.unlink()
+
+
 def test_quotient_and_remainder_tell_all_items_apart():
     for num_items, divisor in ((97, 10), (100, 10), (5, 5), (7, 1)):
         hashing = Hashing.qr(num_items, divisor)
@@ -398,6 +453,12 @@ TABLE = torch.zeros(4, 5)
         ((IDS, CODES[:, :1], BOOKS, TABLE), {}, ValueError, "codes has 1 levels, but codebooks has 2"),
         ((IDS, None, BOOKS, TABLE), {}, ValueError, "codebooks need codes, got None"),
         ((IDS, CODES, None, None), {}, ValueError, "must not both be None"),
+        (
+            (IDS, CODES, BOOKS[:, :0], TABLE),
+            {},
+            ValueError,
+            r"codebooks\[0\] must have at least one codeword",
+        ),
         ((IDS, CODES, BOOKS[0], TABLE), {}, ValueError, r"codebooks must have shape \[L, K, D\]"),
         ((IDS, CODES, BOOKS, TABLE[0]), {}, ValueError, r"hash_table must have shape \[R, D\], got \[5\]"),
         ((IDS, CODES, BOOKS, TABLE.int()), {}, TypeError, "hash_table must be a floating-point tensor"),
