@@ -259,6 +259,8 @@ def hard_cases(generator):
     yield "each codeword three times", x, [book.repeat(3, 1) for book in books]
     yield "codewords that differ little", x, [1 + 1e-6 * normal(300, 128)]
     yield "codewords that do not differ", x, [torch.ones(300, 128)]
+    yield "vectors rounded away from the nearest", *aligned_rounding(of_vectors=True)
+    yield "codewords rounded away from the vectors", *aligned_rounding(of_vectors=False)
     yield "zeros", torch.zeros(100, 128), books
     yield (
         "small integers",
@@ -282,6 +284,24 @@ def hard_cases(generator):
     yield "20,000 codewords", normal(80, 20), levels(1, 20_000, 20)
     yield "few rows", x[:63], books
     yield "just enough rows", x[:64], books
+
+
+def aligned_rounding(of_vectors):
+    """The nearest codeword a looks farther than it is, as all roundings to bytes point away from it, and b, the second,
+    looks as it is. Numbers up to 127 with steps of 1, codewords in pairs of opposites so that their mean is zero.
+    """
+    a, b, largest = torch.zeros(3, 64)
+    x = torch.zeros(64, 64)
+    if of_vectors:
+        a[:31], b[31:62], largest[63] = 10.0, 10.0, 127.0
+        x[:, :31], x[:, 31:62], x[:, 31:33] = 10.49, 10.0, 11.0
+    else:
+        a[:31], b[31:62], largest[63] = 60.49, 60.0, 127.0
+        x[:, :62], x[:, 31] = 100.0, 110.0
+    x[:, 62] = 127.0
+    codewords = torch.stack([largest, b, a, torch.zeros(64)]).repeat_interleave(2, 0)
+    codewords[1::2] *= -1
+    return x, [codewords.repeat(4, 1)]
 
 
 QUANTIZE_CASES = """
