@@ -13,7 +13,7 @@ constexpr int kOperands = 64;        // rows of a tile
 constexpr int kCodewords = 128;      // columns of a tile
 constexpr int kDepth = 32;           // elements of a row that are in shared memory at a time; rows are padded to it
 constexpr int kStageStride = kDepth + 8;        // 80 bytes: eight rows that are read together lie in different banks
-constexpr int kProductStride = kCodewords + 4;
+constexpr int kProductStride = kCodewords + 8;  // four rows that are written together lie in different banks
 
 constexpr int kStageHalves = (kOperands + kCodewords) * kStageStride;
 // Two stages of operands, and then, in their place, the products.

@@ -36,7 +36,7 @@ struct ErrorBound {
   float up;         // a norm times this is not below its true value
 };
 
-struct Path {
+struct alignas(16) Path {  // read as one
   float distance;  // |x - sum of its codewords|^2; of no account while a row has one path
   float reach;     // at least |x| + the sum of its codewords' norms, and so at least the norm of its residual
   float norm;      // of what the codewords are multiplied with
@@ -297,13 +297,21 @@ __device__ void form_operand(const Search& s, const Row& row, int level, int pat
   }
 }
 
-// Adds the candidates among the extensions of a row's paths by the codewords [first, first + kCodewords), four of them a lane.
-__device__ void scan(const Search& s, const Row& row, int level, const Level& info, int num_paths, int keep, int first,
-                     const float* products) {
-  const int k = first + 4 * row.lane;
-  const Four<float> squares = load_aligned(s.squares + info.padded_first + k);
-  const Four<float> scales = load_aligned(s.scales + info.padded_first + k);
-  const Four<float> norms = load_aligned(s.norms + info.padded_first + k);
+// Four codewords of a tile, the lane's own.
+struct Codewords {
+  int first;
+  Four<float> squares, scales, norms;
+};
+
+__device__ inline Codewords load_codewords(const Search& s, const Level& info, int first) {
+  const std::int64_t place = info.padded_first + first;
+  return {first, load_aligned(s.squares + place), load_aligned(s.scales + place), load_aligned(s.norms + place)};
+}
+
+// Adds the candidates among the extensions of a row's paths by a tile of codewords.
+__device__ void scan(const Search& s, const Row& row, int level, const Level& info, int num_paths, int keep,
+                     const Codewords& codewords, const float* products) {
+  const int k = codewords.first;
   float* const upper_bounds = s.upper_bounds + row.place * s.plan.beam_size;
   SortedLanes<float> lowest;
   if (row.lane < keep) {
@@ -331,8 +339,9 @@ __device__ void scan(const Search& s, const Row& row, int level, const Level& in
     float lower[4], upper[4], lowest_of_lane = INFINITY;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float value = squares.at[i] + path.distance + scales.at[i] * path.scale * dot.at[i] + upon.at[i];
-      const float error = slope * norms.at[i] + s.bound.rounding * squares.at[i] + offset;
+      const float square = codewords.squares.at[i], scale = codewords.scales.at[i] * path.scale;
+      const float value = square + path.distance + scale * dot.at[i] + upon.at[i];
+      const float error = slope * codewords.norms.at[i] + s.bound.rounding * square + offset;
       lower[i] = value - error;
       upper[i] = k + i < info.size ? value + error : INFINITY;
       lowest_of_lane = upper[i] < lowest_of_lane ? upper[i] : lowest_of_lane;
@@ -479,9 +488,10 @@ __global__ void __launch_bounds__(kThreads, 4) search_kernel(const Search s) {
       __syncthreads();  // the operands are there
       for (int first = 0; first < info.padded; first += kCodewords) {
         multiply(operands_of(s), s.codewords + (info.padded_first + first) * s.depth, s.depth, shared);
+        const Codewords codewords = load_codewords(s, info, first + 4 * lane);
         __syncthreads();  // the products are there
         for_each_row([&](const Row& row) {
-          scan(s, row, level, info, num_paths, keep, first, reinterpret_cast<const float*>(shared));
+          scan(s, row, level, info, num_paths, keep, codewords, reinterpret_cast<const float*>(shared));
         });
         __syncthreads();  // the products are read
       }
