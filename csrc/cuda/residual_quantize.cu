@@ -108,7 +108,7 @@ __device__ inline void store_halves(std::uint16_t* p, const Four<C>& v, float fa
   *reinterpret_cast<uint2*>(p) = {half(0) | half(1) << 16, half(2) | half(3) << 16};
 }
 
-// |row|, by all lanes.
+// |row|^2, by all lanes.
 template <typename C>
 __device__ float square_norm(const Rows& rows, std::int64_t row, int lane) {
   C sum = 0;
