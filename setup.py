@@ -108,8 +108,13 @@ def catalog_extension():
 
     return Extension(
         "h2rec._catalog",
-        ["csrc/catalog/bindings.cpp", "csrc/catalog/group_codes.cpp", "csrc/catalog/place_items.cpp"],
-        depends=["csrc/catalog/group_codes.h", "csrc/catalog/place_items.h"],
+        [
+            "csrc/catalog/bindings.cpp",
+            "csrc/catalog/co_occurrence.cpp",
+            "csrc/catalog/group_codes.cpp",
+            "csrc/catalog/place_items.cpp",
+        ],
+        depends=[f"csrc/catalog/{name}.h" for name in ("co_occurrence", "group_codes", "place_items")],
         include_dirs=[pybind11.get_include()],
         language="c++",
         extra_compile_args=CXX_FLAGS,

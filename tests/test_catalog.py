@@ -11,7 +11,7 @@ if os.environ.get("H2REC_BUILD_EXT") == "0":
     pytest.skip("h2rec was asked to be built without extensions", allow_module_level=True)
 
 from h2rec import semantic_ids
-from h2rec._catalog import group_codes, place_items
+from h2rec._catalog import co_occurrence, group_codes, place_items
 
 RNG = np.random.default_rng(0)
 CATALOGS = {
@@ -106,3 +106,31 @@ def test_place_items_refuses(change: dict, message: str):
     }
     with pytest.raises(ValueError, match=message):
         place_items(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"items": np.array([0, 5])}, r"items must lie in \[0, 5\), got 5"),
+        ({"items": np.array([0, -1])}, r"items must lie in \[0, 5\), got -1"),
+        ({"items": np.array([0, 1, 2])}, "offsets must end with the number of items"),
+        ({"items": np.array([0, 1], dtype=np.int32)}, "items must be C-contiguous, int64"),
+        ({"offsets": np.array([0, 3, 2])}, "offsets must ascend from 0"),
+        ({"offsets": np.array([1, 2])}, "offsets must ascend from 0"),
+        ({"offsets": np.array([], dtype=np.int64)}, "offsets must end with the number of items"),
+        ({"num_items": 2**31}, r"num_items times window must not exceed 2\^32"),
+    ],
+)
+def test_co_occurrence_refuses(change: dict, message: str):
+    arguments = {
+        "items": np.array([0, 1]),
+        "offsets": np.array([0, 2]),
+        "num_items": 5,
+        "window": 3,
+        "min_count": 1,
+        "max_per_item": 9,
+        "is_ppmi": True,
+        "discount": 0.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        co_occurrence(**arguments | change)

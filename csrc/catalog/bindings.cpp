@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "co_occurrence.h"
 #include "group_codes.h"
 #include "place_items.h"
 
@@ -73,8 +74,34 @@ static py::array_t<std::int32_t> place_items(const py::array& prefixes, const py
   return py::array_t<std::int32_t>(choices.size(), choices.data());
 }
 
+static py::tuple co_occurrence(const py::array& items, const py::array& offsets, std::int64_t num_items,
+                               std::int64_t window, std::int64_t min_count, std::int64_t max_per_item, bool is_ppmi,
+                               double discount) {
+  const auto* starts = elements<std::int64_t>("offsets", offsets, {-1});
+  if (offsets.shape(0) == 0 || items.ndim() != 1 || starts[offsets.shape(0) - 1] != items.shape(0)) {
+    throw py::value_error("offsets must end with the number of items");
+  }
+  const h2rec::catalog::Sequences sequences{elements<std::int64_t>("items", items, {-1}), starts, offsets.shape(0) - 1,
+                                            num_items};
+  h2rec::catalog::Neighbours found;
+  {
+    py::gil_scoped_release release;
+    found = h2rec::catalog::co_occurrence(sequences, {window, min_count, max_per_item, is_ppmi, discount});
+  }
+  return py::make_tuple(py::array_t<std::int64_t>(found.offsets.size(), found.offsets.data()),
+                        py::array_t<std::int64_t>(found.neighbours.size(), found.neighbours.data()),
+                        py::array_t<double>(found.strengths.size(), found.strengths.data()));
+}
+
 PYBIND11_MODULE(_catalog, m) {
   m.doc() = "Work on whole catalogs: numpy arrays in and out, without torch.";
+  m.def("co_occurrence", &co_occurrence, py::arg("items"), py::arg("offsets"), py::arg("num_items"), py::arg("window"),
+        py::arg("min_count"), py::arg("max_per_item"), py::arg("is_ppmi"), py::arg("discount"),
+        "co_occurrence(items, offsets, num_items, window, min_count, max_per_item, is_ppmi, discount)\n"
+        "    -> (offsets, neighbours, strengths)\n\n"
+        "items: int64 [E], those of all sequences; offsets: int64 [S + 1], where each sequence starts.\n"
+        "offsets: int64 [num_items + 1]; item i has neighbours[offsets[i]:offsets[i + 1]], int64, strongest first,\n"
+        "and strengths, float64. h2rec.data.co_occurrence says what they are.");
   m.def("group_codes", &group_codes, py::arg("codes"),
         "group_codes(codes) -> (order, starts)\n\n"
         "codes: int32 [num_items, num_levels], C-contiguous, not negative.\n"

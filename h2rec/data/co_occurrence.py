@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 
+from h2rec._files import save_safetensors
 from h2rec.data.split import Split
 
+_FORMAT = {"format": "h2rec.co_occurrence", "version": "1"}
+_DTYPES = {"offsets": torch.int64, "neighbours": torch.int64, "weights": torch.float32}
 _LOWEST, _MIDDLE, _HIGHEST = 0.3, 0.7, 1.0
 
 
@@ -45,6 +51,28 @@ class CoOccurrence:
     @property
     def num_items(self) -> int:
         return len(self.offsets) - 1
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in _DTYPES}
+        save_safetensors(Path(path), tensors, _FORMAT)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> CoOccurrence:
+        """Reads a file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: it is no such file, or its content is not consistent; the message names the file.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                if file.metadata() != _FORMAT:
+                    raise ValueError(f"expected a file with metadata {_FORMAT}, got {file.metadata()}")
+                tensors = {name: file.get_tensor(name).clone() for name in _DTYPES}
+            _check_rows(**tensors)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
     def pairs_in_batch(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Which positions of a batch hold items that co-occur, as `alignment_loss` takes them.
@@ -89,8 +117,27 @@ class CoOccurrence:
         )
 
 
+def _check_rows(offsets: Tensor, neighbours: Tensor, weights: Tensor) -> None:
+    for name, tensor in (("offsets", offsets), ("neighbours", neighbours), ("weights", weights)):
+        if tensor.dim() != 1 or tensor.dtype != _DTYPES[name]:
+            raise ValueError(f"{name} must be {_DTYPES[name]} [n], got {tensor.dtype} {list(tensor.shape)}")
+    size = len(neighbours)
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != size or (offsets.diff() < 0).any():
+        raise ValueError(f"offsets must ascend from 0 to the number of neighbours, {size}")
+    if ((neighbours < 0) | (neighbours >= len(offsets) - 1)).any():
+        raise ValueError(f"neighbours must lie in [0, {len(offsets) - 1})")
+    if weights.shape != neighbours.shape or not ((weights > 0) & (weights <= 1)).all():
+        raise ValueError(f"weights must be {size} numbers in (0, 1]")
+
+
 def co_occurrence(
-    split: Split, *, window: int = 3, min_count: int = 2, max_per_item: int = 50, weight: str = "ppmi"
+    split: Split,
+    *,
+    window: int = 3,
+    min_count: int = 2,
+    max_per_item: int = 50,
+    weight: str = "ppmi",
+    discount: float = 0.0,
 ) -> CoOccurrence:
     """Mine items at distance 1 to ``window`` in a training sequence (arXiv 2512.10388, item-level alignment).
 
@@ -105,6 +152,8 @@ def co_occurrence(
             the sum of all; pairs without a positive value are dropped. ``"decay"``: the sum of 1 / distance.
             The kept weights of an item are then mapped linearly to [0.3, 1]; where they are all equal, to
             0.7.
+        discount: popular neighbours count for less: before that, the weight of neighbour j is divided by
+            c_j to this power.
 
     Raises:
         ValueError: an option out of range.
@@ -114,35 +163,65 @@ def co_occurrence(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if weight not in ("ppmi", "decay"):
         raise ValueError(f"weight: expected 'ppmi' or 'decay', got {weight!r}")
+    if not 0 <= discount < np.inf:
+        raise ValueError(f"discount: expected a number of at least 0, got {discount}")
+    try:
+        from h2rec._catalog import co_occurrence as find
+    except ImportError:
+        find = _co_occurrence_with_numpy
+    offsets, neighbours, strengths = find(
+        np.ascontiguousarray(split.train_items, dtype=np.int64),
+        np.ascontiguousarray(split.train_offsets, dtype=np.int64),
+        split.num_items,
+        window,
+        min_count,
+        max_per_item,
+        weight == "ppmi",
+        discount,
+    )
+    owners = np.repeat(np.arange(split.num_items), np.diff(offsets))
+    return CoOccurrence(offsets, neighbours, _scaled(offsets, owners, strengths))
 
-    low, high, counts, decayed = _count_pairs(split, window)
-    strength = _ppmi(low, high, counts, split.num_items) if weight == "ppmi" else decayed
+
+def _co_occurrence_with_numpy(
+    items: np.ndarray,
+    offsets: np.ndarray,
+    num_items: int,
+    window: int,
+    min_count: int,
+    max_per_item: int,
+    is_ppmi: bool,
+    discount: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    low, high, counts, decayed = _count_pairs(items, offsets, num_items, window)
+    # Each unordered pair stands for two ordered ones: C = 2 * sum(counts).
+    marginal = np.bincount(low, counts, num_items) + np.bincount(high, counts, num_items)
+    strength = decayed
+    if is_ppmi:
+        strength = np.log(counts * 2.0 * counts.sum() / (marginal[low] * marginal[high]))
     keep = (counts >= min_count) & (strength > 0)
     owners = np.concatenate([low[keep], high[keep]])
     neighbours = np.concatenate([high[keep], low[keep]])
-    strength = np.concatenate([strength[keep]] * 2)
+    strength = np.concatenate([strength[keep]] * 2) / marginal[neighbours] ** discount
 
     order = np.lexsort((neighbours, -strength, owners))
     owners, neighbours, strength = owners[order], neighbours[order], strength[order]
-    rank = np.arange(len(owners)) - _offsets(owners, split.num_items)[owners]
+    rank = np.arange(len(owners)) - _offsets(owners, num_items)[owners]
     top = rank < max_per_item
-    owners, neighbours, strength = owners[top], neighbours[top], strength[top]
-    offsets = _offsets(owners, split.num_items)
-    return CoOccurrence(offsets, neighbours, _scaled(offsets, owners, strength))
+    return _offsets(owners[top], num_items), neighbours[top], strength[top]
 
 
-def _count_pairs(split: Split, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _count_pairs(
+    items: np.ndarray, offsets: np.ndarray, num_items: int, window: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Unordered pairs low < high ``[Q]`` with their counts and sums of 1 / distance."""
-    items, num_items = split.train_items, split.num_items
-    users = np.repeat(np.arange(split.num_users), np.diff(split.train_offsets))
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     keys = []
     for distance in range(1, window + 1):
         a, b = items[:-distance], items[distance:]
         a, b = (side[(users[:-distance] == users[distance:]) & (a != b)] for side in (a, b))
         pair = np.minimum(a, b) * num_items + np.maximum(a, b)
-        keys.append(
-            pair * window + distance - 1
-        )  # the distance rides along, so that one plain sort is enough
+        keys.append(pair * window + distance - 1)  # the distance rides along: one plain sort is enough
     keys = np.sort(np.concatenate(keys))
     pair, distance = np.divmod(keys, window)
     pairs, first, counts = np.unique(pair, return_index=True, return_counts=True)
@@ -152,18 +231,13 @@ def _count_pairs(split: Split, window: int) -> tuple[np.ndarray, np.ndarray, np.
     return low, high, counts, decayed
 
 
-def _ppmi(low: np.ndarray, high: np.ndarray, counts: np.ndarray, num_items: int) -> np.ndarray:
-    # Each unordered pair stands for two ordered ones: C = 2 * sum(counts).
-    marginal = np.bincount(low, counts, num_items) + np.bincount(high, counts, num_items)
-    return np.maximum(np.log(counts * 2.0 * counts.sum() / (marginal[low] * marginal[high])), 0.0)
-
-
 def _scaled(offsets: np.ndarray, owners: np.ndarray, strength: np.ndarray) -> np.ndarray:
     # Rows are sorted, strongest first.
     highest, lowest = strength[offsets[owners]], strength[offsets[owners + 1] - 1]
     spread = highest - lowest
-    part = (strength - lowest) / np.where(spread > 0, spread, 1.0)
-    return np.where(spread > 0, _LOWEST + (_HIGHEST - _LOWEST) * part, _MIDDLE).astype(np.float32)
+    differ = spread > 1e-8 * highest  # and not by rounding alone
+    part = (strength - lowest) / np.where(differ, spread, 1.0)
+    return np.where(differ, _LOWEST + (_HIGHEST - _LOWEST) * part, _MIDDLE).astype(np.float32)
 
 
 def _offsets(owners: np.ndarray, num_items: int) -> np.ndarray:

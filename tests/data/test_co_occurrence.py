@@ -1,11 +1,16 @@
+import contextlib
 import math
+import os
+import sys
 from collections import defaultdict
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from h2rec.data import CoOccurrence, co_occurrence
 
@@ -20,7 +25,16 @@ def rows_of(found: CoOccurrence) -> dict[int, dict[int, float]]:
     return {item: row for item, row in rows.items() if row}
 
 
-def obvious(sequences, window, min_count, max_per_item, weight):
+IMPLEMENTATIONS = ["numpy"] if os.environ.get("H2REC_BUILD_EXT") == "0" else ["extension", "numpy"]
+
+
+def using(implementation):
+    if implementation == "extension":
+        return contextlib.nullcontext()
+    return mock.patch.dict(sys.modules, {"h2rec._catalog": None})  # as if it were not built
+
+
+def obvious(sequences, window, min_count, max_per_item, weight, discount):
     """The definition, pair by pair, over training sequences."""
     counts, decayed = defaultdict(int), defaultdict(float)
     for sequence in sequences:
@@ -39,7 +53,7 @@ def obvious(sequences, window, min_count, max_per_item, weight):
         if weight == "ppmi":
             strength = math.log(count * sum(counts.values()) / (marginal[a] * marginal[b]))
         if count >= min_count and strength > 1e-12:
-            rows[a][b] = strength
+            rows[a][b] = strength / marginal[b] ** discount
     scaled = {}
     for a, row in rows.items():
         kept = dict(sorted(row.items(), key=lambda pair: (-round(pair[1], 9), pair[0]))[:max_per_item])
@@ -49,13 +63,25 @@ def obvious(sequences, window, min_count, max_per_item, weight):
     return scaled
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("weight", ["ppmi", "decay"])
 @given(
-    sequences=SEQUENCES, window=st.integers(1, 4), min_count=st.integers(1, 3), max_per_item=st.integers(1, 6)
+    sequences=SEQUENCES,
+    options=st.fixed_dictionaries(
+        {
+            "window": st.integers(1, 4),
+            "min_count": st.integers(1, 3),
+            "max_per_item": st.integers(1, 6),
+            "discount": st.sampled_from([0.0, 1.0]),
+        }
+    ),
 )
-def test_agrees_with_the_definition(make_split, weight, sequences, window, min_count, max_per_item):
-    options = {"window": window, "min_count": min_count, "max_per_item": max_per_item, "weight": weight}
-    rows = rows_of(co_occurrence(make_split(sequences, 6), **options))
+def test_agrees_with_the_definition(make_split, implementation, weight, sequences, options):
+    options = options | {"weight": weight}
+    if options["discount"]:  # ties are then a matter of rounding: keep all
+        options["max_per_item"] = 6
+    with using(implementation):
+        rows = rows_of(co_occurrence(make_split(sequences, 6), **options))
     expected = obvious(sequences, **options)
     assert {item: set(row) for item, row in rows.items()} == {
         item: set(row) for item, row in expected.items()
@@ -80,7 +106,34 @@ def test_window_by_hand(make_split):
     np.testing.assert_allclose(found.weights[:3], [1, 0.3 + 0.7 * 0.25, 0.3], rtol=1e-6)
 
 
-def test_equal_sums_of_decay_are_equal(make_split):
+@pytest.mark.parametrize("weight", ["ppmi", "decay"])
+@pytest.mark.skipif(len(IMPLEMENTATIONS) < 2, reason="the extension is not built")
+def test_both_implementations_find_the_same(random_split, weight):
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        with using(implementation):
+            found.append(co_occurrence(random_split, max_per_item=7, weight=weight, discount=0.5))
+    for name in ("offsets", "neighbours"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+    np.testing.assert_allclose(found[0].weights, found[1].weights, rtol=1e-6)
+
+
+def test_a_discount_puts_popular_neighbours_last(make_split):
+    sequences = [[0, 1, 2, 5, 5]] * 3 + [[1, 3, 5, 5], [1, 4, 5, 5]] * 5
+    plain, discounted = (
+        co_occurrence(make_split(sequences, 6), weight="decay", discount=discount) for discount in (0, 1)
+    )
+    assert rows_of(plain)[0][1] > rows_of(plain)[0][2]
+    assert rows_of(discounted)[0][1] < rows_of(discounted)[0][2]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equal_sums_of_decay_are_equal(make_split, implementation):
+    with using(implementation):
+        check_equal_sums_of_decay(make_split)
+
+
+def check_equal_sums_of_decay(make_split):
     # Item 0 has item 1 six times at distance 3, and item 2 twice at distance 1: both are 2, though not in floats.
     sequences = [[0, 3, 4, 1, 5, 5]] * 6 + [[0, 2]] * 2
     options = {"window": 3, "weight": "decay"}
@@ -159,6 +212,52 @@ def test_pairs_in_batch_agree_with_the_definition(make_split, sequences, batch):
     assert dict(zip(pairs, weight.tolist(), strict=True)) == pytest.approx(expected)
 
 
+def test_a_file_gives_back_what_was_saved(random_split, tmp_path):
+    found = co_occurrence(random_split)
+    found.save(tmp_path / "pairs.safetensors")
+    loaded = CoOccurrence.load(tmp_path / "pairs.safetensors")
+    for name in ("offsets", "neighbours", "weights"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(loaded, name))
+    batch = torch.arange(60)
+    torch.testing.assert_close(loaded.pairs_in_batch(batch), found.pairs_in_batch(batch))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"offsets": torch.tensor([0, 2, 1, 2])},
+            "offsets must ascend from 0 to the number of neighbours, 2",
+        ),
+        ({"offsets": torch.tensor([0, 1, 1, 1])}, "offsets must ascend"),
+        ({"neighbours": torch.tensor([1, 3])}, r"neighbours must lie in \[0, 3\)"),
+        (
+            {"neighbours": torch.tensor([1.0, 0.0])},
+            r"neighbours must be torch.int64 \[n\], got torch.float32 \[2\]",
+        ),
+        ({"weights": torch.tensor([0.5])}, r"weights must be 2 numbers in \(0, 1\]"),
+        ({"weights": torch.tensor([0.5, 1.5])}, r"weights must be 2 numbers in \(0, 1\]"),
+        ({}, "expected a file with metadata .*, got {'format': 'other'}"),
+    ],
+)
+def test_load_refuses(change, message, tmp_path):
+    good = {
+        "offsets": torch.tensor([0, 1, 2, 2]),
+        "neighbours": torch.tensor([1, 0]),
+        "weights": torch.tensor([0.5, 1.0]),
+    }
+    metadata = {"format": "h2rec.co_occurrence", "version": "1"} if change else {"format": "other"}
+    save_file(good | change, tmp_path / "pairs.safetensors", metadata)
+    with pytest.raises(ValueError, match=f"pairs.safetensors: {message}"):
+        CoOccurrence.load(tmp_path / "pairs.safetensors")
+
+
+def test_load_refuses_another_file(tmp_path):
+    (tmp_path / "pairs").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="pairs: "):
+        CoOccurrence.load(tmp_path / "pairs")
+
+
 @pytest.mark.parametrize(
     ("item_ids", "message"),
     [
@@ -179,6 +278,7 @@ def test_pairs_in_batch_refuses(make_split, item_ids, message):
         ({"window": 0}, "window: expected at least 1, got 0"),
         ({"min_count": 0}, "min_count: expected at least 1, got 0"),
         ({"max_per_item": 0}, "max_per_item: expected at least 1, got 0"),
+        ({"discount": -1.0}, "discount: expected a number of at least 0, got -1.0"),
         ({"weight": "pmi"}, "weight: expected 'ppmi' or 'decay', got 'pmi'"),
     ],
 )
