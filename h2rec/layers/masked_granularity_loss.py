@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from h2rec import ops
+
 
 class MaskedGranularityLoss(nn.Module):
     """Keeps a user's vector where it is when the levels that the gate weighs least are masked.
@@ -16,7 +18,9 @@ class MaskedGranularityLoss(nn.Module):
         S = softmax(temperature (U U' + V V') / 2)            soft targets, by rows
         loss = (CE(U V' / temperature, S) + CE(V U' / temperature, S)) / 2
 
-    with raw dot products and gradients through the targets. The authors' code takes the transposed matrix
+    with raw dot products and gradients through the targets. With ``contrast="hard"`` a user's only positive is
+    that user: `h2rec.ops.alignment_loss` of U and V, whose logits are cosines / temperature, in memory that
+    grows with the batch and not with its square. The authors' code takes the transposed matrix
     of targets for the second direction, whose rows do not sum to 1; U U' + V V' is symmetric, so S serves
     both directions.
 
@@ -27,13 +31,20 @@ class MaskedGranularityLoss(nn.Module):
         num_levels: number L >= 2 of levels.
         mask_ratio: share of the levels that are masked, rounded down, at least one and never all.
         temperature: as above; above 0.
+        contrast: ``"soft"`` or ``"hard"``.
 
     Raises:
         ValueError: a parameter out of its range, or shapes that do not fit.
     """
 
     def __init__(
-        self, dim: int, num_levels: int, *, mask_ratio: float = 0.5, temperature: float = 1.0
+        self,
+        dim: int,
+        num_levels: int,
+        *,
+        mask_ratio: float = 0.5,
+        temperature: float = 1.0,
+        contrast: str = "soft",
     ) -> None:
         super().__init__()
         if num_levels < 2:
@@ -42,10 +53,13 @@ class MaskedGranularityLoss(nn.Module):
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        if contrast not in ("soft", "hard"):
+            raise ValueError(f"contrast must be 'soft' or 'hard', got {contrast!r}")
         self.dim = dim
         self.num_levels = num_levels
         self.num_masked = max(1, int(num_levels * mask_ratio))
         self.temperature = temperature
+        self.contrast = contrast
         self.mask_vectors = nn.Parameter(torch.empty(num_levels, dim))
         self.reset_parameters()
 
@@ -81,6 +95,8 @@ class MaskedGranularityLoss(nn.Module):
                 "masked_users and full_users must have the same shape [B, D], "
                 f"got {list(masked_users.shape)} and {list(full_users.shape)}"
             )
+        if self.contrast == "hard":
+            return ops.alignment_loss(masked_users, full_users, temperature=self.temperature)
         # Raw dot products of normalised vectors reach D: 16-bit logits would be off by whole units.
         with torch.autocast(masked_users.device.type, enabled=False):
             dtype = torch.promote_types(masked_users.dtype, torch.float32)
@@ -91,4 +107,5 @@ class MaskedGranularityLoss(nn.Module):
             return -(targets * log_probs).sum(dim=1).mean() / 2
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_levels={self.num_levels}, num_masked={self.num_masked}"
+        levels = f"num_levels={self.num_levels}, num_masked={self.num_masked}"
+        return f"dim={self.dim}, {levels}, contrast={self.contrast!r}"

@@ -48,6 +48,18 @@ def test_matches_the_formula(min_shared_codes, learn_temperature, device):
     torch.testing.assert_close(layer(**inputs), plain(inputs, 0.5, min_shared_codes))
 
 
+@pytest.mark.parametrize("prefix", [1, 2, 3])
+def test_a_common_prefix_makes_positives(prefix, device):
+    inputs = make(device)
+    loss = AlignmentLoss(0.5, min_shared_prefix=prefix)(**inputs)
+    same = (inputs["codes"][:, None, :prefix] == inputs["codes"][:, :prefix]).all(2)
+    labels = same.int().argmax(1)  # the first item with that prefix
+    expected = plain(inputs | {"codes": labels.unsqueeze(1)}, 0.5, 1)
+    torch.testing.assert_close(loss, expected)
+    if prefix == 2:
+        assert loss != AlignmentLoss(0.5, min_shared_codes=prefix)(**inputs)
+
+
 def test_pairs_and_ids_may_be_left_out(device):
     inputs = make(device)
     emb = {name: inputs[name] for name in ("hash_emb", "semantic_emb")}
@@ -112,3 +124,16 @@ def test_refuses_bad_min_shared_codes(device):
     inputs = make(device)
     with pytest.raises(ValueError, match="codes and min_shared_codes must be given together, got no codes"):
         AlignmentLoss(min_shared_codes=2)(inputs["hash_emb"], inputs["semantic_emb"])
+
+
+def test_refuses_bad_min_shared_prefix(device):
+    with pytest.raises(ValueError, match="min_shared_prefix must be at least 1 or None, got 0"):
+        AlignmentLoss(min_shared_prefix=0)
+    with pytest.raises(
+        ValueError, match=r"min_shared_codes and min_shared_prefix exclude each other, got .*2"
+    ):
+        AlignmentLoss(min_shared_codes=1, min_shared_prefix=2)
+    inputs = make(device)
+    for codes, came in ((None, "none"), (inputs["codes"][:, :1], r"\[7, 1\]")):
+        with pytest.raises(ValueError, match=f"L at least min_shared_prefix = 2, got {came}"):
+            AlignmentLoss(min_shared_prefix=2)(**inputs | {"codes": codes})

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from h2rec.layers import MaskedGranularityLoss
 
@@ -29,14 +30,25 @@ def test_matches_the_formula(temperature, device):
     torch.testing.assert_close(layer(v, u), layer(u, v))
 
 
-def test_one_user_has_nothing_to_tell_apart(device):
+def test_hard_contrast_has_one_positive(device):
+    u, v = users(device)
+    layer = MaskedGranularityLoss(4, 4, temperature=0.5, contrast="hard").to(device)
+    logits = F.normalize(u) @ F.normalize(v).T / 0.5
+    itself = torch.arange(len(u), device=device)
+    expected = (F.cross_entropy(logits, itself) + F.cross_entropy(logits.T, itself)) / 2
+    torch.testing.assert_close(layer(u, v), expected)
+
+
+@pytest.mark.parametrize("contrast", ["soft", "hard"])
+def test_one_user_has_nothing_to_tell_apart(contrast, device):
     u, v = users(device, batch=1)
-    assert MaskedGranularityLoss(4, 4).to(device)(u, v).item() == 0
+    assert MaskedGranularityLoss(4, 4, contrast=contrast).to(device)(u, v).item() == 0
 
 
-def test_gradcheck(device):
+@pytest.mark.parametrize("contrast", ["soft", "hard"])
+def test_gradcheck(contrast, device):
     u, v = users(device, batch=3)
-    layer = MaskedGranularityLoss(4, 4).to(device)
+    layer = MaskedGranularityLoss(4, 4, contrast=contrast).to(device)
     assert torch.autograd.gradcheck(layer, [u.requires_grad_(), v.requires_grad_()])
 
 
@@ -97,6 +109,7 @@ def test_is_exact_under_autocast(device):
         ({"num_levels": 1}, "num_levels must be at least 2"),
         ({"num_levels": 4, "mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1, got 0.0"),
         ({"num_levels": 4, "mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
+        ({"num_levels": 4, "contrast": "firm"}, "contrast must be 'soft' or 'hard', got 'firm'"),
         ({"num_levels": 4, "temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
     ],
 )
