@@ -10,6 +10,8 @@ from h2rec.data import SequenceBatch
 from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding
 from h2rec.models import MODELS, H2Rec, SingleBranch, build_model, model_settings
 from h2rec.models.backbones import BACKBONES
+from h2rec.optim import RowwiseAdagrad
+from h2rec.training.losses import full_softmax
 
 NUM_ITEMS = 40
 SMALL = {"dim": 8, "max_length": 10}
@@ -149,6 +151,29 @@ def test_every_parameter_gets_a_gradient(model, make_batch):
         assert torch.isfinite(parameter.grad).all(), name
         if not name.endswith("key_value.bias"):  # half of it, a key's bias, cancels in the softmax
             assert (parameter.grad != 0).any(), name
+
+
+@pytest.mark.parametrize("name", ["hash", "sum", "h2rec"], indirect=True)
+def test_tables_train_inside_the_backward_pass(name, sids, make_batch, device):
+    torch.manual_seed(0)
+    model = build_model(name, sids, sparse=True, dropout=0.0, **SMALL).to(device)
+    table = model.embedding.hash_table
+    start = table.detach().clone()
+    RowwiseAdagrad([table], lr=0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p is not table], lr=1e-2)
+    batch = make_batch()
+    is_position = batch.targets != NUM_ITEMS
+    losses = []
+    for _ in range(30):
+        users, auxiliary = model.training_outputs(batch)
+        next_item = full_softmax(users[is_position], model.item_vectors(), batch.targets[is_position])
+        losses.append(next_item.item())
+        optimizer.zero_grad()
+        (next_item + sum(auxiliary.values())).backward()
+        assert table.grad is None
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert not torch.equal(table, start)
 
 
 def test_first_logits_are_small(sids, device, make_batch):
