@@ -148,15 +148,15 @@ def granularity_layers() -> None:
 
 
 class Masked(nn.Module):
-    """The loss of sequences that are their own mean."""
+    """The loss of users that are the mean of their sequences."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loss = MaskedGranularityLoss(D, L)
 
     def forward(self, levels: Tensor, gates: Tensor) -> Tensor:
-        masked = self.loss.mask(levels, gates)
-        return self.loss(masked.mean((1, 2)), levels.mean((1, 2)))
+        masked, full = self.loss.mix(levels, gates)
+        return self.loss(masked.mean(1), full.mean(1))
 
 
 @check
