@@ -239,10 +239,13 @@ class SemanticIds:
         """Reads a file that :meth:`save` wrote.
 
         Raises:
-            ValueError: it is no such file, or not a whole one, or its content is not consistent. The message names
-                the file and what is wrong.
+            FileNotFoundError: no such file.
+            ValueError: it is no file of semantic IDs, or not a whole one, or its content is not consistent. The
+                message names the file and what is wrong.
         """
         path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file")
         try:
             tensors, metadata = _read(path)
             return cls._from_file(tensors, metadata)

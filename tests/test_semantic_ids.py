@@ -187,7 +187,7 @@ def test_bad_files(tmp_path, write, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         SemanticIds.load(tmp_path / "nothing")
 
 
