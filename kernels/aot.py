@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-OPERATORS = ("harmonized_embedding",)
+OPERATORS = ("harmonized_embedding", "alignment_loss")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -107,9 +107,10 @@ def _inspect_nvidia(assembly) -> dict[str, int]:
         command = [tools / "cuobjdump", "-res-usage", "-sass", file.name]
         environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # of nvdisasm
         listing = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    uses_stack = re.search(r"\b(?:STL|LDL)\b", listing)  # else a frame may be there, and nothing in it
     return {
         "registers": int(re.search(r"\bREG:(\d+)", listing)[1]),
-        "spilled_bytes": int(re.search(r"\bSTACK:(\d+)", listing)[1]),
+        "spilled_bytes": int(re.search(r"\bSTACK:(\d+)", listing)[1]) if uses_stack else 0,
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128\b", listing)),
         "matrix_instructions": len(re.findall(r"\b(?:[HD]MMA|HGMMA|UTC\w*MMA)\b", listing)),
     }

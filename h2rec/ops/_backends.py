@@ -19,7 +19,7 @@ OPERATORS = ("residual_quantize", "harmonized_embedding", "alignment_loss")
 
 # Operators whose kernels exist.
 _CPP_OPERATORS: tuple[str, ...] = ("residual_quantize", "harmonized_embedding", "alignment_loss")
-_TRITON_OPERATORS: tuple[str, ...] = ("harmonized_embedding",)
+_TRITON_OPERATORS: tuple[str, ...] = ("harmonized_embedding", "alignment_loss")
 _CUDA_OPERATORS: tuple[str, ...] = ("residual_quantize",)
 
 _MAX_CUDA_BEAM = 32  # h2rec::cuda::kMaxBeamSize

@@ -85,20 +85,17 @@ def alignment_loss(
         pair_index,
         pair_weight,
     )
+    dtype = torch.promote_types(hash_emb.dtype, semantic_emb.dtype)
     if group is None:
-        dtype = torch.promote_types(hash_emb.dtype, semantic_emb.dtype)
         row_sums, column_sums = _alignment_loss(
             hash_emb.to(dtype), semantic_emb.to(dtype), *arguments, 0, hash_emb.shape[0]
         )
     else:
         row_sums, column_sums = _SumsOverRanks.apply(group, hash_emb, semantic_emb, *arguments)
-    losses = (_loss_of_sums(row_sums) + _loss_of_sums(column_sums)) / 2
-    losses = losses.to(
-        torch.promote_types(torch.promote_types(hash_emb.dtype, semantic_emb.dtype), torch.float32)
-    )
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    losses = (_loss_of_sums(row_sums) + _loss_of_sums(column_sums)) / 2  # [B], fp64
+    if reduction != "none":
+        losses = losses.mean() if reduction == "mean" else losses.sum()
+    return losses.to(torch.promote_types(dtype, torch.float32))
 
 
 def _loss_of_sums(log_sums: Tensor) -> Tensor:
@@ -146,16 +143,7 @@ class _SumsOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_row_sums, grad_column_sums):
-        *tensors, pair_index, pair_weight = ctx.saved_tensors
-        grads = _alignment_loss_backward(
-            grad_row_sums,
-            grad_column_sums,
-            *tensors,
-            ctx.min_shared_codes,
-            pair_index,
-            pair_weight,
-            *ctx.stripe,
-        )
+        grads = _gradients(ctx, grad_row_sums, grad_column_sums, ctx.needs_input_grad[3])
         grad_hash, grad_semantic, grad_temperature = (grad * ctx.ranks for grad in grads)
         hash_dtype, semantic_dtype = ctx.dtypes
         return (
@@ -296,11 +284,18 @@ def _setup_context(ctx, inputs, output) -> None:
     )
 
 
-def _backward(ctx, grad_row_sums: Tensor, grad_column_sums: Tensor):
-    *tensors, pair_index, pair_weight = ctx.saved_tensors
-    grads = _alignment_loss_backward(
-        grad_row_sums, grad_column_sums, *tensors, ctx.min_shared_codes, pair_index, pair_weight, *ctx.stripe
+def _gradients(ctx, grad_row_sums: Tensor, grad_column_sums: Tensor, of_temperature: bool):
+    *tensors, temperature, item_ids, codes, pair_index, pair_weight = ctx.saved_tensors
+    if not of_temperature:  # a gradient of what lies on the host would make it wait for the device
+        temperature = temperature.to(grad_row_sums.device, non_blocking=True)
+    positives = item_ids, codes, ctx.min_shared_codes, pair_index, pair_weight
+    return _alignment_loss_backward(
+        grad_row_sums, grad_column_sums, *tensors, temperature, *positives, *ctx.stripe
     )
+
+
+def _backward(ctx, grad_row_sums: Tensor, grad_column_sums: Tensor):
+    grads = _gradients(ctx, grad_row_sums, grad_column_sums, ctx.needs_input_grad[2])
     wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return *wanted, *[None] * 7
 

@@ -69,9 +69,13 @@ def alignment_loss_backward(
 
 
 def _grad_of_log_sums(logits: Tensor, weights: Tensor, grads: Tensor, log_sums: Tensor) -> Tensor:
-    grad_p, grad_n = grads.to(logits.dtype)
     # log N is -inf where every pair is a positive: then there is nothing to divide by N.
-    log_p, log_n = log_sums.to(logits.dtype).clamp_min(torch.finfo(logits.dtype).min)
+    log_sums = log_sums.clamp_min(torch.finfo(logits.dtype).min)
+    rounded = log_sums.to(logits.dtype)
+    log_p, log_n = rounded
+    grad_p, grad_n = (grads * (rounded - log_sums).exp()).to(
+        logits.dtype
+    )  # nothing of the logarithms is lost
     # The weight goes into the exponent: the exponential alone may be infinite.
     positive = (logits + weights.log() - log_p).exp()
     negative = (logits + (1 - weights).log() - log_n).exp()

@@ -55,6 +55,14 @@ def test_one_hot_products_run_on_matrix_units(compiled):
     assert [line for line in products if line.matrix_instructions == 0] == []
 
 
+def test_products_are_matrix_instructions(compiled):
+    lines = [line for line in compiled if re.match(r"_alignment_loss_\w+_kernel", line.kernel)]
+    assert lines
+    for line in lines:
+        if "D=768" not in line.call:  # those products are the library's
+            assert line.matrix_instructions > 0, line
+
+
 def test_a_spill_is_an_error(monkeypatch, capsys):
     line = aot.Compiled("kernel", "call", "sm_90", 255, 8, 0, 0, 0)
     monkeypatch.setattr(aot, "compile_operator", lambda operator, target: [line])
