@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest):
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    """torch.compile gives up on a function after so many recompilations, in whichever tests they were."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
 
 
 @pytest.fixture(params=[torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

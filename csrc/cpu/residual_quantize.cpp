@@ -61,6 +61,9 @@ struct Plan {
 #include "for_each_isa.h"
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 takes its own _mm512_undefined_* for mistakes
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #pragma GCC push_options
@@ -71,6 +74,7 @@ namespace {
 }  // namespace
 }  // namespace h2rec::avx512
 #pragma GCC pop_options
+#pragma GCC diagnostic pop
 #endif
 
 namespace h2rec {
