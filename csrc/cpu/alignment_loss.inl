@@ -45,12 +45,7 @@ inline void multiply_tile(T* c, std::int64_t c_row, const T* a, std::int64_t a_r
                           std::int64_t depth, bool accumulate) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int kLanes = Lanes<T>::kCount;
-  Vector sums[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      sums[i][v] = accumulate ? load(c + i * c_row + v * kLanes) : Vector{};
-    }
-  }
+  Vector sums[kRows][kVectors] = {};
   for (std::int64_t k = 0; k < depth; ++k) {
     Vector row[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -63,9 +58,11 @@ inline void multiply_tile(T* c, std::int64_t c_row, const T* a, std::int64_t a_r
       }
     }
   }
+  // What is in c comes last: a large sum would round each small product away.
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
-      store(c + i * c_row + v * kLanes, sums[i][v]);
+      T* to = c + i * c_row + v * kLanes;
+      store(to, accumulate ? load(to) + sums[i][v] : sums[i][v]);
     }
   }
 }

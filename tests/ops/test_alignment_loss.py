@@ -94,6 +94,11 @@ def test_matches_eager(backend, positives, batch_size, device, generator):
     check_against_eager(h, s, 0.1, options, generator)
 
 
+def test_sums_over_a_large_batch_keep_small_terms(backend, device, generator):
+    h, s = torch.randn(2, 1000, 64, generator=generator).to(device)
+    check_against_eager(h, s, 0.5, make_positives("none", 1000, generator), generator)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_dtypes_and_reductions(backend, reduction, dtype, device, generator):
     h, s = torch.randn(2, 33, 17, generator=generator).to(device, dtype)
