@@ -1,11 +1,15 @@
 """What every sequential recommender of the library offers to training and evaluation."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 TABLE_RMS = 0.02
+
+# Items of a large catalog that are computed at a time: with H2Rec's levels about 100 MB.
+_PART_ITEMS = 2**16
 
 
 class Batch(Protocol):
@@ -55,6 +59,13 @@ class SequentialModel(nn.Module):
     def item_vectors(self, item_ids: Tensor | None = None) -> Tensor:
         """Vectors to score users against: ``[*]`` -> ``[*, C]``; None: the catalog, ``[num_items, C]``."""
         raise NotImplementedError
+
+    def item_vector_parts(self) -> Iterator[Tensor]:
+        """The catalog's `item_vectors` in consecutive parts ``[n, C]``, for catalogs too large to have them all."""
+        device = next(self.parameters()).device
+        for start in range(0, self.num_items, _PART_ITEMS):
+            stop = min(start + _PART_ITEMS, self.num_items)
+            yield self.item_vectors(torch.arange(start, stop, device=device))
 
     def training_outputs(
         self, batch: Batch, co_occurrence: CoOccurrence | None = None

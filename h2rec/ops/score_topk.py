@@ -1,5 +1,7 @@
 """The best items of each user, without a matrix of all scores."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,17 @@ _TILE_ELEMENTS = 16 << 20
 
 @torch.no_grad()
 def score_topk(
-    queries: Tensor, items: Tensor, k: int, *, exclude: Tensor | None = None
+    queries: Tensor, items: Tensor | Iterable[Tensor], k: int, *, exclude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k items with the largest inner product for each query, best first; exact, without gradients.
 
+    Items are walked in tiles and k are kept per query: beside the inputs, memory does not grow with N. Of equal scores
+    the lower id comes first, and is kept. (A matrix product may round the scores of equal vectors differently.)
+
     Args:
         queries: ``[B, D]``, floating point.
-        items: ``[N, D]``, floating point; walked in tiles.
+        items: ``[N, D]`` in the dtype of the queries; or consecutive parts of it, ``[n, D]`` each, as
+            `h2rec.models.SequentialModel.item_vector_parts` computes them.
         exclude: ``[B, M]`` integer item ids that a query must not get; -1 excludes nothing.
 
     Returns:
@@ -27,12 +33,8 @@ def score_topk(
         ValueError: shapes do not fit, or k is not positive.
         TypeError: a dtype is wrong.
     """
-    for name, tensor, shape in (("queries", queries, ("B", "D")), ("items", items, ("N", "D"))):
-        check_floating(name, tensor)
-        check_dim(name, tensor, shape)
-    check_same_device("items", items, "queries", queries)
-    if queries.shape[1] != items.shape[1]:
-        raise ValueError(f"items has dimension {items.shape[1]}, but queries has {queries.shape[1]}")
+    check_floating("queries", queries)
+    check_dim("queries", queries, ("B", "D"))
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     num_queries = queries.shape[0]
@@ -43,15 +45,54 @@ def score_topk(
 
     best_scores = queries.new_full((num_queries, k), -torch.inf)
     best_items = queries.new_full((num_queries, k), -1, dtype=torch.int64)
-    tile_size = max(k, _TILE_ELEMENTS // max(num_queries, 1))
-    for start in range(0, items.shape[0], tile_size):
-        scores = queries @ items[start : start + tile_size].T  # [B, tile]
+    start = 0
+    for tile in _tiles(queries, items, max(k, _TILE_ELEMENTS // max(num_queries, 1))):
+        scores = queries @ tile.T  # [B, tile]
         if exclude is not None:
             column = exclude - start
             row, which = ((column >= 0) & (column < scores.shape[1])).nonzero(as_tuple=True)
             scores[row, column[row, which]] = -torch.inf
-        scores, found = scores.topk(min(k, scores.shape[1]), dim=1)
+        scores, found = _best_columns(scores, k)
         found = (found + start).masked_fill(scores == -torch.inf, -1)
-        best_scores, order = torch.cat([best_scores, scores], 1).topk(k, dim=1)
+        # What is kept has lower ids than the tile: a stable sort leaves it in front of its equals.
+        best_scores, order = torch.cat([best_scores, scores], 1).sort(dim=1, descending=True, stable=True)
         best_items = torch.cat([best_items, found], 1).gather(1, order)
+        best_scores, best_items = best_scores[:, :k], best_items[:, :k]
+        start += len(tile)
     return best_scores, best_items
+
+
+def _tiles(queries: Tensor, items: Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Consecutive rows of ``items``, at most ``size`` of them."""
+    for part in (items,) if isinstance(items, Tensor) else items:
+        check_floating("items", part)
+        check_dim("items", part, ("N", "D"))
+        check_same_device("items", part, "queries", queries)
+        if part.dtype != queries.dtype:
+            raise TypeError(f"items is {part.dtype}, but queries is {queries.dtype}")
+        if queries.shape[1] != part.shape[1]:
+            raise ValueError(f"items has dimension {part.shape[1]}, but queries has {queries.shape[1]}")
+        yield from part.split(size)
+
+
+def _best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row ``[B, n]`` (all, if there are no more), of equals the lower column first."""
+    if k < scores.shape[1]:
+        # topk takes any of equal scores: one place more shows whether the last place had several to choose from.
+        best, columns = scores.topk(k + 1, dim=1)
+        last, columns = best[:, k - 1 : k], columns[:, :k]
+        undecided = (last == best[:, k:]).squeeze(1).nonzero().squeeze(1)
+        if len(undecided):
+            columns[undecided] = _first_columns(scores[undecided], last[undecided], k)
+        columns = columns.sort(dim=1).values
+    else:
+        columns = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return best, columns.gather(1, order)
+
+
+def _first_columns(scores: Tensor, last: Tensor, k: int) -> Tensor:
+    """Columns of what is better than ``last [B, 1]`` and, up to k in all, of the first that are equal: ``[B, k]``."""
+    better, equal = ~(scores <= last), scores == last  # NaN is better, as in topk
+    wanted = k - better.sum(1, keepdim=True)
+    return (better | (equal & (equal.cumsum(1) <= wanted))).nonzero()[:, 1].view(-1, k)

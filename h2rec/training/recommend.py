@@ -76,7 +76,7 @@ def recommend(
     lengths = (item_ids != model.padding_idx).sum(1)
     users = last_positions(model.encode(item_ids, lengths), lengths)
     exclude = _padded(histories, -1, device) if exclude_history else None
-    scores, items = ops.score_topk(users, model.item_vectors(), k, exclude=exclude)
+    scores, items = ops.score_topk(users, model.item_vector_parts(), k, exclude=exclude)
     return [
         [
             Recommendation(catalog.ids[item], catalog.titles[item] if catalog.titles else None, score)

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,20 @@ def test_fewer_where_there_are_no_more(trained):
     ((*some,), (*all_but_one,)) = recommend(model, catalog, [np.arange(55), np.array([4])], k=100)
     assert sorted(recommendation.item for recommendation in some) == [f"i{item}" for item in range(55, 60)]
     assert len(all_but_one) == 59
+
+
+def test_the_vectors_of_a_large_catalog_are_never_together(trained, monkeypatch):
+    model, _, catalog = trained
+    histories = [np.array([3, 4]), np.array([17])]
+    expected = recommend(model, catalog, histories, k=20)
+    sizes = []
+    item_vectors = model.item_vectors
+    monkeypatch.setattr(sys.modules["h2rec.models.base"], "_PART_ITEMS", 7)
+    monkeypatch.setattr(model, "item_vectors", lambda ids: sizes.append(len(ids)) or item_vectors(ids))
+    assert [[r.item for r in user] for user in recommend(model, catalog, histories, k=20)] == [
+        [r.item for r in user] for user in expected
+    ]
+    assert sizes == [7] * 8 + [4]
 
 
 def test_history_of_a_user_is_all_of_the_log(trained):
