@@ -17,6 +17,7 @@ from h2rec.data.split import Split
 _FORMAT = {"format": "h2rec.co_occurrence", "version": "1"}
 _DTYPES = {"offsets": torch.int64, "neighbours": torch.int64, "weights": torch.float32}
 _LOWEST, _MIDDLE, _HIGHEST = 0.3, 0.7, 1.0
+_LOW_BITS = (1 << 16) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +99,19 @@ class CoOccurrence:
         distinct, first, counts = np.unique(ids[positions], return_index=True, return_counts=True)
         real = distinct < self.num_items
         distinct, first, counts = distinct[real], first[real], counts[real]
-        slot = np.full(self.num_items, -1, dtype=np.int32)
-        slot[distinct] = np.arange(len(distinct), dtype=np.int32)
 
         starts = self._pair_offsets[distinct]
         a, entry = _expand(self._pair_offsets[distinct + 1] - starts)
         entry += starts[a]
-        b = slot[self._pair_neighbours[entry]]
-        here = b >= 0
+        neighbours = self._pair_neighbours[entry]
+        # Most are not in the batch, which their low bits say without a table as long as the catalog.
+        has_bits = np.zeros(_LOW_BITS + 1, dtype=bool)
+        has_bits[distinct & _LOW_BITS] = True
+        maybe = has_bits[neighbours & _LOW_BITS]
+        a, entry, neighbours = a[maybe], entry[maybe], neighbours[maybe]
+        known = np.append(distinct, self.num_items)  # which is nobody's neighbour
+        b = np.searchsorted(known, neighbours)
+        here = known[b] == neighbours
         a, b, weights = a[here], b[here], self._pair_weights[entry[here]]
 
         pair, nth = _expand(counts[a] * counts[b])

@@ -33,7 +33,7 @@ def make_table(num_rows: int, dim: int, rows_per_item: int, sparse: bool) -> nn.
 
     It is never called; but `DistributedDataParallel` expects a sparse gradient only of what an ``nn.Embedding`` owns.
     """
-    weight = torch.randn(num_rows, dim) / rows_per_item**0.5
+    weight = torch.randn(num_rows, dim).div_(rows_per_item**0.5)
     return nn.Embedding(num_rows, dim, sparse=sparse, _weight=weight)
 
 

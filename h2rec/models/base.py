@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 TABLE_RMS = 0.02
 
+# Numbers that are squared at a time: beside a large table there is no room for its squares.
+_SUM_ELEMENTS = 2**24
 # Items of a large catalog that are computed at a time: with H2Rec's levels about 100 MB.
 _PART_ITEMS = 2**16
 
@@ -97,7 +99,9 @@ def scale_tables(embedding: nn.Module) -> None:
     for name in ("table", "codebooks"):
         tables = [table for key, table in embedding.named_parameters() if key.partition(".")[0] == name]
         if tables:
-            squares = sum(table.square().sum() for table in tables)
+            squares = sum(
+                part.square().sum() for table in tables for part in table.flatten().split(_SUM_ELEMENTS)
+            )
             rms = (squares / sum(table.numel() for table in tables)).sqrt()
             for table in tables:
                 table.mul_(TABLE_RMS / rms.clamp_min(1e-12))

@@ -196,6 +196,20 @@ def test_pairs_in_batch_by_hand():
     assert pairs == pytest.approx({(0, 1): 1.0, (0, 4): 1.0, (1, 3): 0.9, (3, 4): 0.9})
 
 
+def test_pairs_in_batch_of_items_with_equal_low_bits():
+    """Item 1 has neighbours 5 and 5 + 2^16, of which the batch holds one."""
+    far = 5 + (1 << 16)
+    offsets = np.zeros(far + 2, dtype=np.int64)
+    offsets[2:] = 2
+    found = CoOccurrence(offsets, np.array([5, far]), np.array([0.5, 0.6], dtype=np.float32))
+    for other, weight in ((5, 0.5), (far, 0.6)):
+        index, weights = found.pairs_in_batch(torch.tensor([other, 1]))
+        assert sorted(index.flatten().tolist()) == [0, 1]
+        assert weights.tolist() == pytest.approx([weight])
+    index, _ = found.pairs_in_batch(torch.tensor([5, 1, 1 + (1 << 16)]))
+    assert index.shape == (2, 1)
+
+
 @given(sequences=SEQUENCES, batch=st.lists(st.integers(0, 6), max_size=12))
 def test_pairs_in_batch_agree_with_the_definition(make_split, sequences, batch):
     found = co_occurrence(make_split(sequences, 6), min_count=1, max_per_item=2)

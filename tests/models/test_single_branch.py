@@ -3,7 +3,7 @@ import torch
 
 from h2rec import SemanticIds
 from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding
-from h2rec.models import SingleBranch
+from h2rec.models import SingleBranch, base
 from h2rec.models.base import scale_tables
 
 
@@ -21,7 +21,9 @@ def test_sparse_gradients_of_the_hash_table(device):
     assert model.embedding.hash_table.grad.is_sparse
 
 
-def test_scale_tables_keeps_the_codebooks_proportions():
+@pytest.mark.parametrize("part", [1, 7, 1 << 24], ids=lambda part: f"{part} numbers at a time")
+def test_scale_tables_keeps_the_codebooks_proportions(part, monkeypatch):
+    monkeypatch.setattr(base, "_SUM_ELEMENTS", part)
     sids = SemanticIds(torch.zeros(5, 2, dtype=torch.int32), codebook_sizes=(3, 4))
     embedding = HarmonizedEmbedding(sids, 4, fusion="none", pooling="levels", padding_idx=5)
     codebooks = list(embedding.codebooks)
