@@ -12,11 +12,12 @@ INTEGRATIONS := .venv-integrations
 OFFLINE := { echo 'pip could not install it, see above (is there a network?)'; exit 1; }
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help venv demo test integrations lint bench clean
+.PHONY: help venv demo test soak integrations lint bench clean
 
 help:
 	@echo 'make demo     train H2Rec and what it is compared with on MovieLens-100k, and write a report'
 	@echo 'make test     run the tests                      (ARGS="-k name" goes to pytest)'
+	@echo 'make soak     kill commands at random moments and look whether they go on (ten minutes)'
 	@echo 'make integrations   run the tests with models of other libraries, in $(INTEGRATIONS)'
 	@echo 'make lint     check style and formatting'
 	@echo 'make bench    run the benchmarks                 (ARGS="..." goes to pytest)'
@@ -31,6 +32,9 @@ demo: $(INSTALLED) $(DEMO_DATA)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests $(ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest tests/soak -s $(ARGS)
 
 integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/python -m pytest tests/integrations $(ARGS)

@@ -15,9 +15,16 @@ def writing(path: Path) -> Iterator[None]:
     """Says in an error which file could not be written."""
     try:
         yield
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        # torch.save fails once more, with a RuntimeError, when it closes a file that it could not write.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or cause
         raise OSError(f"{path}: cannot be written: {reason}") from error
+
+
+def partial(path: Path) -> Path:
+    """The name in the same folder under which :func:`replacing` writes."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
 @contextmanager
@@ -29,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    temporary = partial(path)
     try:
         with writing(path):
             yield temporary

@@ -220,16 +220,17 @@ def tokenize(
     for file in reports:
         if file.suffix.lower() not in _REPORTS:
             raise ValueError(f"--report: expected one of {', '.join(_REPORTS)}, got {file}")
-    encoder = encoder_path(output)
-    for file in filter(None, (output, save_embeddings, *reports)):
-        check_writable(file, force)
+    encoder, unfinished = encoder_path(output), output.with_name(f"{output.name}.unfinished")
+    check_writable(output, force)
+    beside = list(filter(None, (save_embeddings, *reports)))
     if settings.method is Method.RQ_VAE or (append is not None and encoder_path(append).exists()):
-        check_writable(encoder, force)
+        beside.append(encoder)
+    for file in beside:
+        check_writable(file, force or unfinished.exists())  # by the command that was interrupted
     vectors = _read_vectors(items, item, text, embeddings, column)
-    if save_embeddings is not None:
-        write_vectors(vectors, save_embeddings)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(output) as folder:
+    with _work_in(unfinished) as folder:
+        if save_embeddings is not None:
+            write_vectors(vectors, save_embeddings)
         made = append_items(append, vectors) if append is not None else learn(vectors, settings, folder)
         judge(made, reports)
         if made.encoder is not None:
@@ -241,11 +242,11 @@ def tokenize(
 
 
 @contextmanager
-def _unfinished(output: Path) -> Iterator[Path]:
-    """The folder beside ``output`` where an interrupted command left its work; deleted in the end."""
+def _work_in(folder: Path) -> Iterator[Path]:
+    """The folder that an interrupted command leaves with its work; deleted in the end."""
     from h2rec.tokenizers import remove_checkpoints
 
-    folder = output.with_name(f"{output.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
     except (KeyboardInterrupt, OSError):

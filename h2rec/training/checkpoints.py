@@ -54,8 +54,9 @@ class WholeCheckpoints(TorchCheckpointIO):
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+        # Given a name, torch.save would not say why it cannot write.
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         return load_checkpoint(path)

@@ -103,7 +103,10 @@ def write_catalog(catalog: ItemCatalog, path: Path) -> None:
     if catalog.titles is not None:
         columns["title"] = pl.Series(catalog.titles, dtype=pl.String)
     with replacing(path) as temporary:
-        pl.DataFrame(columns).write_parquet(temporary)
+        try:
+            pl.DataFrame(columns).write_parquet(temporary)
+        except pl.exceptions.PolarsError as error:
+            raise OSError(str(error)) from error
 
 
 def read_catalog(path: Path) -> ItemCatalog:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from h2rec.data import CoOccurrence, EvalBatches, SequenceBatch, Split, TrainBatches
+from h2rec.data.raw_ids import first_few
 from h2rec.models import SequentialModel
 from h2rec.training.config import PATHS, TrainConfig
 from h2rec.training.evaluation import Ranker, eval_batches, hits_and_gains
@@ -71,7 +72,7 @@ class Recommender(lightning.LightningModule):
         co_occurrence: from the training part, for the models that align items.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the model, epoch and step.
+        FloatingPointError: the loss is not finite; the message names the model, epoch, step, and items or users.
         ValueError: a checkpoint of another model or config; the message names what differs.
     """
 
@@ -128,7 +129,7 @@ class Recommender(lightning.LightningModule):
         parts = {"next_item": self._next_item_loss(users, batch), **auxiliary}
         loss = sum(parts.values())
         if batch_idx % _CHECK_EVERY.get(loss.device.type, 1) == 0:
-            self._check_finite(parts, batch_idx)
+            self._check_finite(parts, batch_idx, batch, users)
         size = len(batch.lengths)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
         for name, value in ("loss", loss), *parts.items():
@@ -152,13 +153,26 @@ class Recommender(lightning.LightningModule):
         own = drawn.is_own[is_position.nonzero()[:, 0]]  # [M, n]
         return sampled_softmax(users, target_vectors, negative_vectors, drawn.log_expected, own)
 
-    def _check_finite(self, parts: dict[str, Tensor], step: int) -> None:
+    def _check_finite(self, parts: dict[str, Tensor], step: int, batch: SequenceBatch, users: Tensor) -> None:
         for name, value in parts.items():
             if not torch.isfinite(value):
                 raise FloatingPointError(
                     f"model {self.name!r}: the {name} loss is {value.item()} in epoch {self.current_epoch}, "
-                    f"step {step}; a lower learning_rate often helps"
+                    f"step {step}, with {self._suspects(batch, users)}; a lower learning_rate often helps"
                 )
+
+    @torch.no_grad()
+    def _suspects(self, batch: SequenceBatch, users: Tensor) -> str:
+        """The items of a batch whose vectors are not finite; else such users; else all users."""
+        items = torch.cat([batch.item_ids, batch.targets], dim=1).unique()
+        items = items[items != self.model.padding_idx]
+        items = items[~self.model.item_vectors(items).isfinite().all(1)]
+        if len(items):
+            return "items " + first_few(self.split.log.catalog.ids[items.cpu().numpy()])
+        is_finite = users.isfinite().all(2) | (batch.targets == self.model.padding_idx)  # [B, T]
+        bad = batch.user_ids[~is_finite.all(1)]
+        user_ids = bad if len(bad) else batch.user_ids
+        return "users " + first_few(self.split.log.users[user_ids.cpu().numpy()])
 
     def on_validation_epoch_start(self) -> None:
         self._ranker = Ranker(self.model, self.split, "valid", mask_history=self.config.mask_history)

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from h2rec._files import replacing
+from h2rec._files import partial, replacing
 from h2rec.data import ItemCatalog
 from h2rec.models import SequentialModel, build_model
 from h2rec.semantic_ids import SemanticIds
@@ -129,7 +129,10 @@ def _check_directory(config: TrainConfig, run_dir: Path, resume: bool) -> None:
         saved = TrainConfig.of_run(run_dir)
         if config.difference(saved):
             raise ValueError(f"{run_dir}: the run has another config: {config.describe_difference(saved)}")
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        return
+    # A run that was killed before it had a config has done nothing yet.
+    nothing = {partial(run_dir / "config.json")}
+    if run_dir.exists() and not (run_dir.is_dir() and nothing.issuperset(run_dir.iterdir())):
         raise FileExistsError(f"{run_dir}: exists already; resume it, or name another directory")
 
 

@@ -223,9 +223,26 @@ def test_killed_at_any_moment_it_goes_on(large, out, method, stage):
     assert leftovers == ["sids.safetensors", "undisturbed.safetensors"]
 
 
+def test_files_beside_do_not_stop_what_goes_on(vectors, out):
+    """Killed between two files, the command need not be told to overwrite its own."""
+    report, encoder = out.with_name("quality.json"), out.with_name("sids.rq-vae.safetensors")
+    options = ["--embeddings", vectors, *SMALL, "--method", "rq-vae", "--report", report, "-o", out]
+    tokenize(*options)
+    made = SemanticIds.load(out)
+    out.unlink()
+    for file in (report, encoder):
+        assert f"{file} exists" in tokenize(*options, fails=True)
+        out.with_name("sids.safetensors.unfinished").mkdir()
+        tokenize(*options)
+        assert SemanticIds.load(out) == made
+        assert not out.with_name("sids.safetensors.unfinished").exists()
+        out.unlink()
+        report.unlink(missing_ok=True)
+
+
 def test_control_c_says_how_to_go_on(vectors, out, monkeypatch):
     def interrupted(*arguments, **options):
-        Path(options["checkpoint"]).mkdir()
+        (Path(options["checkpoint"]) / "fit-1").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("h2rec.tokenizers.RQKMeans.tokenize", interrupted)

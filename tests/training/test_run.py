@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
 from h2rec import SemanticIds
+from h2rec._files import partial
 from h2rec.data import TrainBatches
 from h2rec.models import SingleBranch
 from h2rec.training import (
@@ -499,22 +501,114 @@ def test_nobody_to_evaluate(make_config, tmp_path):
         train_run(make_config(interactions=str(tmp_path / "log.csv")), tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite(make_config, tmp_path, monkeypatch):
-    original = SingleBranch.encode
-    steps = iter(range(100))
+def spoil(monkeypatch, owner, function: str, call: int, rows: slice) -> None:
+    """Makes some rows of what a call in training returns NaN."""
+    original, calls = getattr(owner, function), iter(range(1000))
 
-    def encode(self, *arguments):
-        users = original(self, *arguments)
-        return users * torch.nan if self.training and next(steps) == 4 else users
+    def spoilt(self, *arguments):
+        result = original(self, *arguments)
+        if self.training and next(calls) == call:
+            result = result.clone()
+            result[rows] = torch.nan
+        return result
 
-    monkeypatch.setattr(SingleBranch, "encode", encode)
-    message = (
-        "model 'semantic': the next_item loss is nan in epoch 1, step 1; a lower learning_rate often helps"
-    )
-    if make_config().accelerator == "gpu":
+    monkeypatch.setattr(owner, function, spoilt)
+
+
+@pytest.mark.parametrize(
+    ("function", "rows", "suspects"),
+    [
+        ("encode", slice(2, 4), r"users 'u\d\d', 'u\d\d'"),
+        ("encode", slice(None), r"users ('u\d\d', ){5}\.\.\. \(\d\d in all\)"),
+    ],
+)
+def test_a_loss_that_is_not_finite(function, rows, suspects, make_config, device, tmp_path, monkeypatch):
+    """Training stops, says where, and the last good checkpoint stays."""
+    spoil(monkeypatch, SingleBranch, function, 4, rows)
+    message = f"model 'semantic': the next_item loss is nan in epoch 1, step 1, with {suspects}; a lower learning_rate"
+    if device != "cpu":
         message = "model 'semantic'|not finite"  # looked at now and then
     with pytest.raises(FloatingPointError, match=message):
         train_run(make_config(models=("semantic",)), tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "semantic" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 0
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_an_item_that_is_not_finite_is_named(make_config, device, tmp_path, monkeypatch):
+    original = SingleBranch.item_vectors
+
+    def item_vectors(self, item_ids=None):
+        vectors = original(self, item_ids)
+        at = (torch.arange(60) if item_ids is None else item_ids.cpu()) == 17
+        return torch.where(at.unsqueeze(-1).to(vectors.device), torch.nan, vectors)
+
+    monkeypatch.setattr(SingleBranch, "item_vectors", item_vectors)
+    with pytest.raises(FloatingPointError, match="loss is nan in epoch 0, step 0, with items 'i17'; a lower"):
+        train_run(make_config(models=("hash",), max_epochs=1, batch_size=90), tmp_path / "run")
+    assert not (tmp_path / "run" / "hash" / "checkpoints").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from h2rec.training import TrainConfig, train_run
+
+config, run, limit = TrainConfig.load(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    train_run(config, run)
+except OSError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+train_run(config, run, resume=(run / "config.json").exists())
+"""
+
+
+@pytest.mark.parametrize(("limit", "file"), [(1000, "items.parquet"), (20_000, "hash/checkpoints/last.ckpt")])
+def test_a_full_disk(limit, file, make_config, tmp_path):
+    """The kernel refuses what goes beyond a small size of a file, as it would on a full disk."""
+    config = make_config(models=("hash",), max_epochs=2)
+    (tmp_path / "config.json").write_text(config.to_json())
+    run = tmp_path / "run"
+    arguments = [sys.executable, "-c", FULL_DISK, tmp_path / "config.json", run, str(limit)]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert re.search(f"{run / file}: cannot be written: .*File too large", result.stdout), result
+    assert result.returncode == 0, result.stderr
+    expected = train_run(config, tmp_path / "undisturbed")
+    assert untimed(read_json(run / "metrics.json")) == untimed(expected)
+    assert not [path for path in files_of(run) if "partial" in path]
+
+
+def test_files_for_which_there_is_no_room(make_config, tmp_path):
+    catalog = run.read_inputs(make_config(), Path(make_config().sids)).catalog
+    large = {str(index): torch.zeros(1000) for index in range(20)}
+    for name, write in {
+        "items.parquet": lambda path: run.write_catalog(catalog, path),
+        "small.ckpt": lambda path: run.WholeCheckpoints().save_checkpoint({"a": torch.zeros(2)}, path),
+        "large.ckpt": lambda path: run.WholeCheckpoints().save_checkpoint(large, path),
+    }.items():
+        partial(tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises(OSError, match=f"{name}: cannot be written: .*No space left"):
+            write(tmp_path / name)
+    assert not files_of(tmp_path)
+
+
+def test_killed_before_there_was_a_config(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    partial(tmp_path / "run" / "config.json").write_text("{")
+    train_run(make_config(models=("hash",), max_epochs=1), tmp_path / "run")
+    assert ".config.partial.json" not in files_of(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written(make_config, tmp_path, monkeypatch):
+    # Root may write anywhere.
+    def mkdir(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*run"):
+        train_run(make_config(), tmp_path / "run")
 
 
 # ---- several processes
