@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,15 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(min=0, show_default="as in training", help="Which negatives are drawn.")
     ] = None,
+    eval_users: Annotated[
+        int | None,
+        typer.Option(
+            "--users",
+            min=1,
+            show_default="as in training",
+            help="How many users, drawn by the seed, are ranked.",
+        ),
+    ] = None,
     mask_history: Annotated[
         bool | None,
         typer.Option(
@@ -50,11 +60,15 @@ def evaluate(
     """
     from h2rec.training import TrainConfig, evaluate_model, load_model, read_split
     from h2rec.training.files import write_json
+    from h2rec.training.inputs import eval_users as sampled_users
     from h2rec.training.report import ReportedRun
+    from h2rec.training.tiled_ranks import sweep_progress
 
     if output is not None:
         check_writable(output, force)
     config = TrainConfig.of_run(run)
+    if eval_users is not None:
+        config = dataclasses.replace(config, eval_users=eval_users)
     ranking = {
         "history_masked": config.mask_history if mask_history is None else mask_history,
         "negatives": ranking_negatives or config.ranking_negatives,
@@ -63,6 +77,8 @@ def evaluate(
     names = config.models if models is None else [name.strip() for name in models.split(",")]
     trained = {name: load_model(run, name)[0] for name in names}
     split = read_split(config, trained[names[0]].num_items)
+    users = sampled_users(config, split)
+    ranking["users"] = None if users is None else len(users)
     metrics = {}
     for name, model in trained.items():
         with console.status(f"Ranking with {name}"):
@@ -73,6 +89,8 @@ def evaluate(
                 num_negatives=ranking["negatives"],
                 mask_history=ranking["history_masked"],
                 seed=ranking["seed"],
+                users=users,
+                progress=sweep_progress(name, model.num_items),
             )
         metrics[name] = {"test": test}
     result = {"models": metrics, "ranking": ranking}

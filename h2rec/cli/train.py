@@ -154,9 +154,30 @@ def train(
             help="Negatives of bce (per position) and sampled_softmax (per batch).",
         ),
     ] = None,
+    table_optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_TRAINING,
+            show_default="auto",
+            help="Of the hash table: adamw, rowwise_adagrad (needs least memory), or auto: that for large catalogs.",
+        ),
+    ] = None,
+    table_learning_rate: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_TRAINING, show_default="0.02", help="Of rowwise_adagrad."),
+    ] = None,
     max_epochs: Annotated[
         int | None,
         typer.Option("--epochs", rich_help_panel=_TRAINING, show_default="200", help="Most epochs."),
+    ] = None,
+    steps_per_epoch: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            show_default="all users once",
+            help="Batches of an epoch, after which it is validated.",
+        ),
     ] = None,
     patience: Annotated[
         int | None,
@@ -189,6 +210,14 @@ def train(
     devices: Annotated[
         int | None,
         typer.Option(rich_help_panel=_TRAINING, show_default="1", help="Processes that train together."),
+    ] = None,
+    eval_users: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_EVALUATION,
+            show_default="all; 10000 in large catalogs",
+            help="How many users, drawn by the seed, are ranked.",
+        ),
     ] = None,
     ranking_negatives: Annotated[
         int | None,

@@ -151,6 +151,7 @@ class EvalBatches(IterableDataset[SequenceBatch]):
         stage: ``"valid"`` or ``"test"``.
         batch_size: sequences per batch and rank; the last one may be smaller.
         max_length: of a longer sequence the latest ``max_length`` items are used.
+        users: those with a held-out item that come, ``[n]``; None: all.
 
     Raises:
         ValueError: an unknown stage, an argument out of range.
@@ -163,6 +164,7 @@ class EvalBatches(IterableDataset[SequenceBatch]):
         *,
         batch_size: int,
         max_length: int,
+        users: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -173,7 +175,7 @@ class EvalBatches(IterableDataset[SequenceBatch]):
         self._targets = split.targets(stage)
         self._ends = split.log.offsets[1:] - (1 if stage == "test" else 2)
         self._lengths = np.minimum(self._ends - split.log.offsets[:-1], max_length)
-        users = np.flatnonzero(self._targets >= 0)
+        users = np.flatnonzero(self._targets >= 0) if users is None else users
         self._users = users[np.argsort(self._lengths[users], kind="stable")][rank::world_size]
 
     def __len__(self) -> int:

@@ -43,34 +43,41 @@ class UnseenItems:
         return self.items(users, rng.integers(0, self.counts[users], size=(len(users), size)))
 
 
-def sample_negatives(split: Split, stage: str, num_negatives: int = 100, seed: int = 0) -> np.ndarray:
+def sample_negatives(
+    split: Split, stage: str, num_negatives: int = 100, seed: int = 0, *, users: np.ndarray | None = None
+) -> np.ndarray:
     """Draw the negatives that a stage is ranked against: distinct items outside the user's whole sequence.
 
     Args:
         stage: ``"valid"`` or ``"test"``; each has draws of its own.
         num_negatives: how many for each user.
         seed: same seed, same negatives, whatever the batches are.
+        users: those with a target that negatives are wanted for, ``[n]``; None: all users.
 
     Returns:
-        int64 ``[num_users, num_negatives]``, in no particular order; a row of -1 for a user without a target.
+        int64 ``[num_users, num_negatives]``, in no particular order; a row of -1 for a user without a target. With
+        ``users`` one row for each of them, ``[n, num_negatives]``.
 
     Raises:
         ValueError: an unknown stage, or a user with fewer than ``num_negatives`` items left.
     """
     if num_negatives < 1:
         raise ValueError(f"num_negatives: expected at least 1, got {num_negatives}")
-    users = np.flatnonzero(split.targets(stage) >= 0)
+    have_target = np.flatnonzero(split.targets(stage) >= 0) if users is None else users
     unseen = UnseenItems(split.log.offsets, split.log.items, split.num_items)
-    counts = unseen.counts[users]
+    counts = unseen.counts[have_target]
     if (counts < num_negatives).any():
-        worst = users[counts.argmin()]
+        worst = have_target[counts.argmin()]
         raise ValueError(
             f"num_negatives: expected at most {counts.min()}, which is how many of the {split.num_items} items user "
             f"{split.log.users[int(worst)]!r} has not had, got {num_negatives}"
         )
     rng = np.random.default_rng([seed, ("valid", "test").index(stage)])
+    drawn = unseen.items(have_target[:, None], _distinct_numbers(counts, num_negatives, rng))
+    if users is not None:
+        return drawn
     negatives = np.full((split.num_users, num_negatives), -1, dtype=np.int64)
-    negatives[users] = unseen.items(users[:, None], _distinct_numbers(counts, num_negatives, rng))
+    negatives[have_target] = drawn
     return negatives
 
 

@@ -47,6 +47,13 @@ class Split:
             return self.test_targets
         raise ValueError(f"stage: expected 'valid' or 'test', got {stage!r}")
 
+    def sample_users(self, count: int, seed: int) -> np.ndarray | None:
+        """Some of the users with held-out items, ascending int64 ``[count]``; None if there are no more than that."""
+        users = np.flatnonzero(self.test_targets >= 0)
+        if len(users) <= count:
+            return None
+        return np.sort(np.random.default_rng([seed, 2]).choice(users, count, replace=False))
+
     def train_history(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What each of some users trains on, laid end to end: its row among ``users``, and the item, int64 ``[n]``."""
         starts = self.train_offsets[users]

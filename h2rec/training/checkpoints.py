@@ -29,14 +29,14 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU; nothing in it is executed.
+    """Reads a checkpoint to the CPU, where its tensors are mapped; nothing in it is executed.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is truncated, damaged, or holds more than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged archive fails in as many ways as it has parts

@@ -7,6 +7,7 @@ whole sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from h2rec.data import (
 )
 from h2rec.data.split import runs
 from h2rec.models import SequentialModel
+from h2rec.training.config import is_large
+from h2rec.training.tiled_ranks import ranks_among, ranks_in_catalog
 
 CUTOFFS = (5, 10, 20)
 
@@ -103,11 +106,16 @@ def last_positions(users: Tensor, lengths: Tensor) -> Tensor:
 class Ranker:
     """Ranks the held-out items of a stage, batch by batch, on the device that the model is on.
 
+    In a large catalog (`h2rec.training.config.LARGE_CATALOG`) the vectors of the users wait for one sweep over the
+    items, see `h2rec.training.tiled_ranks`.
+
     Args:
         model: in eval mode.
         stage: ``"valid"`` or ``"test"``.
-        negatives: item ids ``[num_users, n]`` for the sampled ranking, from `h2rec.data.sample_negatives`.
+        negatives: item ids for the sampled ranking, from `h2rec.data.sample_negatives` for the same users.
         mask_history: leave what the user had before out of the full ranking (but never the target).
+        users: those who are ranked, ascending ``[n]``; None: all that have a held-out item.
+        progress: see `h2rec.training.tiled_ranks.ranks_in_catalog`.
 
     Raises:
         FloatingPointError: an item vector is not finite.
@@ -121,13 +129,18 @@ class Ranker:
         *,
         negatives: np.ndarray | None = None,
         mask_history: bool = False,
+        users: np.ndarray | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.split = split
         self.stage = stage
         self.negatives = negatives
         self.mask_history = mask_history
-        self.scores = CatalogScores(model.item_vectors())
+        self.users = users
+        self.progress = progress
+        self.scores = None if is_large(model.num_items) else CatalogScores(model.item_vectors())
+        self._waiting: list[tuple[np.ndarray, Tensor, Tensor]] = []
         device = next(model.parameters()).device
         # Full and sampled rank of each user; 0 where there is none, so that processes can add theirs up.
         self._ranks = torch.zeros(2, split.num_users, dtype=torch.float64, device=device)
@@ -143,6 +156,9 @@ class Ranker:
             part.to(self._ranks.device) for part in (batch.item_ids, batch.lengths, batch.targets)
         )
         users = last_positions(self.model.encode(item_ids, lengths), lengths)  # [B, C]
+        if self.scores is None:
+            self._add_waiting(user_ids, users, targets)
+            return
         for start in range(0, len(users), self.scores.tile):
             tile = slice(start, start + self.scores.tile)
             self._add_tile(user_ids[tile], users[tile], targets[tile, None])
@@ -150,29 +166,60 @@ class Ranker:
     def _add_tile(self, user_ids: np.ndarray, users: Tensor, targets: Tensor) -> None:
         scores = self.scores(users)  # [tile, N]
         target_scores = scores.gather(1, targets)
-        if not target_scores.isfinite().all():
-            raise FloatingPointError(f"the model's {self.stage} scores are not finite")
+        self._check_finite(target_scores)
         if self.negatives is not None:
-            negatives = torch.from_numpy(self.negatives[user_ids]).to(scores.device)
-            candidates = torch.cat([target_scores, scores.gather(1, negatives)], dim=1)
+            candidates = torch.cat([target_scores, scores.gather(1, self._negatives_of(user_ids))], dim=1)
             self._ranks[1, user_ids] = ranks_of_targets(candidates, target_scores)
         if self.mask_history:
             scores[_history(self.split, self.stage, user_ids)] = -torch.inf
             scores.scatter_(1, targets, target_scores)
         self._ranks[0, user_ids] = ranks_of_targets(scores, target_scores)
 
+    def _add_waiting(self, user_ids: np.ndarray, users: Tensor, targets: Tensor) -> None:
+        vectors = self.model.item_vectors(targets)
+        self._check_finite((users * vectors).sum(1))
+        if self.negatives is not None:
+            negatives = self.model.item_vectors(self._negatives_of(user_ids))  # [B, n, C]
+            self._ranks[1, user_ids] = ranks_among(users, vectors, negatives)
+        self._waiting.append((user_ids, users, targets))
+
+    def _negatives_of(self, user_ids: np.ndarray) -> Tensor:
+        rows = user_ids if self.users is None else np.searchsorted(self.users, user_ids)
+        return torch.from_numpy(self.negatives[rows]).to(self._ranks.device)
+
+    def _check_finite(self, target_scores: Tensor) -> None:
+        if not target_scores.isfinite().all():
+            raise FloatingPointError(f"the model's {self.stage} scores are not finite")
+
+    def _rank_waiting(self) -> None:
+        batches, self._waiting = self._waiting, []
+        user_ids = np.concatenate([ids for ids, _, _ in batches])
+        hidden = _history(self.split, self.stage, user_ids) if self.mask_history else None
+        users, targets = (torch.cat(part) for part in list(zip(*batches, strict=True))[1:])
+        self._ranks[0, user_ids] = ranks_in_catalog(
+            self.model, users, targets, hidden=hidden, progress=self.progress
+        )
+
     def ranks(self, world_size: int = 1) -> Ranks:
         """The ranks of all users; with several processes each must ask, and gets what all have ranked."""
+        if self._waiting:
+            self._rank_waiting()
         if world_size > 1:
             torch.distributed.all_reduce(self._ranks)
         targets = self.split.targets(self.stage)
-        users = np.flatnonzero(targets >= 0)
+        users = np.flatnonzero(targets >= 0) if self.users is None else self.users
         full, sampled = self._ranks.cpu().numpy()[:, users]
         return Ranks(users, targets[users], full, None if self.negatives is None else sampled)
 
 
 def eval_batches(
-    split: Split, stage: str, model: SequentialModel, *, rank: int = 0, world_size: int = 1
+    split: Split,
+    stage: str,
+    model: SequentialModel,
+    *,
+    users: np.ndarray | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> EvalBatches:
     """The users that this process ranks."""
     return EvalBatches(
@@ -180,6 +227,7 @@ def eval_batches(
         stage,
         batch_size=_BATCH_SIZE,
         max_length=model.max_length,
+        users=users,
         rank=rank,
         world_size=world_size,
     )
@@ -193,17 +241,28 @@ def rank_users(
     *,
     negatives: np.ndarray | None = None,
     mask_history: bool = False,
+    users: np.ndarray | None = None,
+    progress: Callable[[int], None] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Ranks:
     """Ranks every user's held-out item; see `Ranker`. Leaves the model in the mode that it is in."""
     was_training = model.training
     model.eval()
-    ranker = Ranker(model, split, stage, negatives=negatives, mask_history=mask_history)
-    for batch in eval_batches(split, stage, model, rank=rank, world_size=world_size):
+    ranker = Ranker(
+        model,
+        split,
+        stage,
+        negatives=negatives,
+        mask_history=mask_history,
+        users=users,
+        progress=progress,
+    )
+    for batch in eval_batches(split, stage, model, users=users, rank=rank, world_size=world_size):
         ranker.add(batch)
+    ranks = ranker.ranks(world_size)
     model.train(was_training)
-    return ranker.ranks(world_size)
+    return ranks
 
 
 def _history(split: Split, stage: str, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -268,6 +327,8 @@ def evaluate_model(
     num_negatives: int = 100,
     mask_history: bool = False,
     seed: int = 0,
+    users: np.ndarray | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """The full ranking and the one against sampled negatives, on the device that the model is on.
 
@@ -275,10 +336,19 @@ def evaluate_model(
         stage: ``"valid"`` or ``"test"``.
         num_negatives, seed: see `h2rec.data.sample_negatives`; the same for every model.
         mask_history: leave what the user had before out of the full ranking.
+        users, progress: see `Ranker`.
 
     Returns:
         ``{"full": metrics, "sampled": metrics}`` as in `metrics_by_group`.
     """
-    negatives = sample_negatives(split, stage, num_negatives, seed)
-    ranks = rank_users(model, split, stage, negatives=negatives, mask_history=mask_history)
+    negatives = sample_negatives(split, stage, num_negatives, seed, users=users)
+    ranks = rank_users(
+        model,
+        split,
+        stage,
+        negatives=negatives,
+        mask_history=mask_history,
+        users=users,
+        progress=progress,
+    )
     return metrics_of(ranks, split.train_counts())

@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
     sids: SemanticIds
     content: Tensor | None  # [num_items, D0]
     co_occurrence: CoOccurrence | None  # of the training part
-    negatives: dict[str, np.ndarray]  # of each stage, [num_users, n]
+    eval_users: np.ndarray | None  # those who are ranked; None: all
+    negatives: dict[str, np.ndarray]  # of each stage, [num_users or len(eval_users), n]
 
     @property
     def catalog(self) -> ItemCatalog:
@@ -84,13 +85,20 @@ def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
         vectors = read_embeddings(config.embeddings, num_items=sids.num_items)
         content = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
     pairs = co_occurrence(split) if "h2rec" in config.models and config.co_occurrence else None
-    return Inputs(split, sids, content, pairs, _ranking_negatives(config, split))
+    users = eval_users(config, split)
+    return Inputs(split, sids, content, pairs, users, _ranking_negatives(config, split, users))
 
 
-def _ranking_negatives(config: TrainConfig, split: Split) -> dict[str, np.ndarray]:
+def eval_users(config: TrainConfig, split: Split) -> np.ndarray | None:
+    """The users that a config ranks in validation and test; None: all."""
+    count = config.num_eval_users(split.num_items)
+    return None if count is None else split.sample_users(count, config.seed)
+
+
+def _ranking_negatives(config: TrainConfig, split: Split, users: np.ndarray | None) -> dict[str, np.ndarray]:
     try:
         return {
-            stage: sample_negatives(split, stage, config.ranking_negatives, config.seed)
+            stage: sample_negatives(split, stage, config.ranking_negatives, config.seed, users=users)
             for stage in ("valid", "test")
         }
     except ValueError as error:

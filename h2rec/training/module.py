@@ -13,6 +13,7 @@ from torch import Tensor
 from h2rec.data import CoOccurrence, EvalBatches, SequenceBatch, Split, TrainBatches
 from h2rec.data.raw_ids import first_few
 from h2rec.models import SequentialModel
+from h2rec.optim import RowwiseAdagrad
 from h2rec.training.config import PATHS, TrainConfig
 from h2rec.training.evaluation import Ranker, eval_batches, hits_and_gains
 from h2rec.training.losses import (
@@ -23,6 +24,7 @@ from h2rec.training.losses import (
     sampled_softmax,
 )
 from h2rec.training.shared_negatives import SharedNegatives
+from h2rec.training.tiled_ranks import sweep_progress
 
 MONITOR = "valid_NDCG@10"
 
@@ -70,6 +72,7 @@ class Recommender(lightning.LightningModule):
         config: how; its ``devices`` are the processes.
         split: its training part is trained on, its validation part validated on.
         co_occurrence: from the training part, for the models that align items.
+        eval_users: those who are ranked in validation, see `Ranker`.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the model, epoch, step, and items or users.
@@ -83,6 +86,7 @@ class Recommender(lightning.LightningModule):
         config: TrainConfig,
         split: Split,
         co_occurrence: CoOccurrence | None = None,
+        eval_users: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -90,18 +94,33 @@ class Recommender(lightning.LightningModule):
         self.config = config
         self.split = split
         self.co_occurrence = co_occurrence
+        self.eval_users = eval_users
         self.loss_name = resolve_loss(config.loss, model.num_items)
         self._train_batches: TrainBatches | None = None
         self._shared_negatives: SharedNegatives | None = None
         self._ranker: Ranker | None = None
+        self._sparse_tables = [
+            layer.weight
+            for layer in model.modules()
+            if isinstance(layer, torch.nn.Embedding) and layer.sparse
+        ]
+        self.automatic_optimization = not self._sparse_tables  # Lightning's takes one optimizer
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.model.parameters(),
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        tables = set(self._sparse_tables)
+        dense = torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter not in tables],
             lr=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
             fused=True,
         )
+        if not tables:
+            return [dense]
+        # Not in backward: several processes average the gradient first.
+        return [
+            dense,
+            RowwiseAdagrad(self._sparse_tables, lr=self.config.table_learning_rate, in_backward=False),
+        ]
 
     def train_dataloader(self) -> TrainBatches:
         self._train_batches = train_batches(
@@ -111,7 +130,12 @@ class Recommender(lightning.LightningModule):
 
     def val_dataloader(self) -> EvalBatches:
         return eval_batches(
-            self.split, "valid", self.model, rank=self.global_rank, world_size=self.trainer.world_size
+            self.split,
+            "valid",
+            self.model,
+            users=self.eval_users,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
         )
 
     def on_train_start(self) -> None:
@@ -130,6 +154,8 @@ class Recommender(lightning.LightningModule):
         loss = sum(parts.values())
         if batch_idx % _CHECK_EVERY.get(loss.device.type, 1) == 0:
             self._check_finite(parts, batch_idx, batch, users)
+        if not self.automatic_optimization:
+            self._step(loss)
         size = len(batch.lengths)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
         for name, value in ("loss", loss), *parts.items():
@@ -137,6 +163,13 @@ class Recommender(lightning.LightningModule):
                 f"train_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True
             )
         return loss
+
+    def _step(self, loss: Tensor) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
 
     def _next_item_loss(self, users: Tensor, batch: SequenceBatch) -> Tensor:
         is_position = batch.targets != self.model.padding_idx  # [B, T]
@@ -175,7 +208,14 @@ class Recommender(lightning.LightningModule):
         return "users " + first_few(self.split.log.users[user_ids.cpu().numpy()])
 
     def on_validation_epoch_start(self) -> None:
-        self._ranker = Ranker(self.model, self.split, "valid", mask_history=self.config.mask_history)
+        self._ranker = Ranker(
+            self.model,
+            self.split,
+            "valid",
+            mask_history=self.config.mask_history,
+            users=self.eval_users,
+            progress=sweep_progress(self.name, self.model.num_items),
+        )
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         self._ranker.add(batch)

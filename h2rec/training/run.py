@@ -17,10 +17,11 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from h2rec._files import partial, replacing
 from h2rec.data import ItemCatalog
-from h2rec.models import SequentialModel, build_model
+from h2rec.models import SequentialModel, build_model, model_settings
 from h2rec.semantic_ids import SemanticIds
 from h2rec.training.checkpoints import (
     EpochRecord,
@@ -36,6 +37,7 @@ from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catal
 from h2rec.training.module import Recommender, check_origin, train_batches
 from h2rec.training.progress import progress_callback, quiet_lightning, say
 from h2rec.training.report import write_report
+from h2rec.training.tiled_ranks import sweep_progress
 
 
 def train_run(
@@ -76,6 +78,8 @@ def train_run(
     _write_inputs(config, inputs, run_dir)
     if inputs.split.short_users:
         say(f"{inputs.split.short_users} users have fewer than three interactions and are trained on only")
+    if inputs.eval_users is not None:
+        say(f"Validation and test rank a sample of {len(inputs.eval_users):,} users")
 
     if config.devices == 1:
         _train_models(config, inputs, run_dir, accelerator)
@@ -103,7 +107,7 @@ def load_model(
     if name not in config.models:
         raise ValueError(f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}")
     sids = SemanticIds.load(run_dir / "sids.safetensors")
-    model = build_model(name, sids, **config.model_settings(name))
+    model = _build(name, config, sids)
     if not best_checkpoint(run_dir / name).exists():
         raise FileNotFoundError(f"{run_dir / name}: model {name!r} of this run has no checkpoint yet")
     _load_best_weights(model, name, config, run_dir / name)
@@ -208,11 +212,20 @@ def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerato
         _write_metrics(config, inputs, run_dir)
 
 
+def _build(
+    name: str, config: TrainConfig, sids: SemanticIds, content: Tensor | None = None
+) -> SequentialModel:
+    settings = config.model_settings(name)
+    if config.has_sparse_tables(sids.num_items) and "sparse" in model_settings(name):
+        settings["sparse"] = True
+    return build_model(name, sids, content=content, **settings)
+
+
 def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, accelerator: str) -> None:
     torch.manual_seed(config.seed)
-    model = build_model(name, inputs.sids, content=inputs.content, **config.model_settings(name))
+    model = _build(name, config, inputs.sids, inputs.content)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    module = Recommender(name, model, config, inputs.split, inputs.co_occurrence)
+    module = Recommender(name, model, config, inputs.split, inputs.co_occurrence, inputs.eval_users)
     record = EpochRecord(folder, config.patience)
     say(f"{name}: {parameters:,} parameters, {module.loss_name} loss")
 
@@ -223,6 +236,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
             devices=config.devices,
             strategy="auto" if config.devices == 1 else "ddp",
             max_epochs=config.max_epochs,
+            limit_train_batches=config.steps_per_epoch,
             logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
             callbacks=[record, progress],
             enable_progress_bar=isinstance(progress, ProgressBar),
@@ -243,6 +257,8 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
             stage,
             negatives=inputs.negatives[stage],
             mask_history=config.mask_history,
+            users=inputs.eval_users,
+            progress=sweep_progress(name, model.num_items),
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
@@ -296,6 +312,7 @@ def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
                 "history_masked": config.mask_history,
                 "negatives": config.ranking_negatives,
                 "seed": config.seed,
+                "users": None if inputs.eval_users is None else len(inputs.eval_users),
             },
         },
     )

@@ -98,7 +98,10 @@ def test_examples_can_be_copied_from_a_narrow_terminal(command):
 def test_help_of_train_shows_the_defaults_of_the_config():
     options = typer.main.get_command(app).commands["train"].params
     shown = {option.name: option.show_default for option in options if isinstance(option.show_default, str)}
-    for in_words in ("preset", "order_column", "num_negatives", "mask_history"):
+    for in_words in (
+        *("preset", "order_column", "num_negatives", "mask_history"),
+        *("steps_per_epoch", "eval_users"),
+    ):
         del shown[in_words]
     config = TrainConfig(interactions="log.csv", sids="sids.safetensors")
     defaults = {name: getattr(config, name) for name in shown} | {"models": ",".join(config.models)}

@@ -43,9 +43,13 @@ CHANGED = {
     "batch_size": 64,
     "learning_rate": 0.01,
     "weight_decay": 0.1,
+    "table_optimizer": "rowwise_adagrad",
+    "table_learning_rate": 0.1,
     "max_epochs": 5,
+    "steps_per_epoch": 100,
     "patience": 3,
     "seed": 9,
+    "eval_users": 1000,
     "ranking_negatives": 50,
     "mask_history": True,
     "accelerator": "cpu",
@@ -127,12 +131,19 @@ def test_refuses_what_is_no_config(text, message):
         ("dim", 33, ValueError, "dim: expected a multiple of num_heads = 2, got 33"),
         ("loss", "mse", ValueError, "loss: expected one of 'auto', 'full_softmax', .* got 'mse'"),
         ("accelerator", "tpu", ValueError, "accelerator: expected one of 'auto', 'cpu', 'gpu', got 'tpu'"),
+        (
+            "table_optimizer",
+            "sgd",
+            ValueError,
+            "table_optimizer: expected one of 'auto', 'adamw', .* got 'sgd'",
+        ),
         ("fusion", "max", ValueError, "fusion: expected one of 'sum', 'mean', 'adaptive', got 'max'"),
         *(
             (name, value, error, f"{name}: expected an integer")
             for name in (
                 *("dim", "num_layers", "num_heads", "max_length", "batch_size", "max_epochs", "patience"),
                 *("devices", "ranking_negatives", "num_negatives", "min_shared_codes"),
+                *("steps_per_epoch", "eval_users"),
             )
             for value, error in ((0, ValueError), (2.0, TypeError), (True, TypeError))
         ),
@@ -140,7 +151,7 @@ def test_refuses_what_is_no_config(text, message):
         ("seed", None, TypeError, "seed: expected an integer, got None"),
         *(
             (name, value, ValueError, f"{name}: expected a number above 0.0, got {value}")
-            for name in ("learning_rate", "alignment_temperature")
+            for name in ("learning_rate", "alignment_temperature", "table_learning_rate")
             for value in (0.0, -1.0, float("inf"), float("nan"))
         ),
         *(

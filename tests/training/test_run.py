@@ -80,7 +80,12 @@ def test_directory(finished_run, make_config, files):
 def test_metrics(finished_run):
     metrics = read_json(finished_run / "metrics.json")
     assert list(metrics["models"]) == list(DEFAULT_MODELS)
-    assert metrics["ranking"] == {"history_masked": False, "negatives": 20, "seed": 0}
+    assert metrics["ranking"] == {
+        "history_masked": False,
+        "negatives": 20,
+        "seed": 0,
+        "users": None,
+    }
     assert metrics["data"]["items"] == metrics["sid_stats"]["num_items"] == 60
     assert metrics["data"]["users"] == 90
     assert metrics["data"]["short_users"] > 0
