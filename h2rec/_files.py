@@ -1,10 +1,13 @@
 """Files that are whole or not there."""
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 from torch import Tensor
@@ -45,6 +48,51 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """`replacing` for a folder: gives an empty temporary one, which takes the place of ``path`` at the end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
+    try:
+        with writing(path):
+            for left in (temporary, old):
+                if left.exists():
+                    shutil.rmtree(left)
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(path):
+            for file in temporary.iterdir():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def save_rows(path: Path, name: str, shape: tuple[int, int], parts: Iterable[np.ndarray]) -> None:
+    """Writes one fp32 tensor as safetensors, of which only ``parts [n, shape[1]]`` are ever in memory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    size = 4 * shape[0] * shape[1]
+    tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({name: tensor}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype="<f4").data)
+        if file.tell() != 8 + len(header) + size:
+            raise AssertionError(f"{path}: expected parts of {shape[0]} rows in all")
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

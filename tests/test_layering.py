@@ -36,7 +36,7 @@ PACKAGES = {
     "kernels": {"triton"},
     "data": {"polars", "wordllama"},
     "tokenizers": {"polars", "matplotlib"},
-    "training": {"lightning", "polars", "matplotlib", "rich"},
+    "training": {"lightning", "polars", "matplotlib", "rich", "faiss"},
     "cli": {"typer", "rich", "polars"},
 }
 

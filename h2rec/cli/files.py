@@ -16,6 +16,11 @@ def check_writable(path: Path, force: bool) -> None:
         raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; --force overwrites it")
+    check_folder_of(path)
+
+
+def check_folder_of(path: Path) -> None:
+    """Refuses, before any work is done, what cannot be written where it is to be."""
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent

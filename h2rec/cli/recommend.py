@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from h2rec.data import ItemCatalog
+    from h2rec.training import TrainConfig
 
 _SHOWN_HISTORY = 5
 
@@ -49,8 +50,7 @@ def recommend(
 
     if (user is None) == (history is None):
         raise ValueError("recommend needs either --user or --history")
-    names = TrainConfig.of_run(run).models
-    name = model or ("h2rec" if "h2rec" in names else names[-1])
+    name = model or default_model(TrainConfig.of_run(run))
     trained, config, catalog, _ = load_model(run, name)
     if user is None:
         items = item_history(catalog, [item.strip() for item in history.split(",")])
@@ -69,6 +69,10 @@ def recommend(
         titles = () if title is None else (title,)
         table.add_row(str(place), str(item), *titles, f"{score:.3f}")
     console.print(table)
+
+
+def default_model(config: TrainConfig) -> str:
+    return "h2rec" if "h2rec" in config.models else config.models[-1]
 
 
 def _described(items: np.ndarray, catalog: ItemCatalog) -> str:

@@ -1,5 +1,7 @@
 """Semantic and hash embeddings of item ids, and their gradients, in plain PyTorch."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -140,9 +142,10 @@ def _flatten_ids(item_ids: Tensor, padding_idx: int | None, num_items: int) -> t
 
 def _codebook_rows(item_codes: Tensor, sizes: list[int]) -> Tensor:
     """Rows in the packed codebooks, ``[T, L]``."""
-    ends = torch.tensor(sizes, device=item_codes.device).cumsum(0)
-    starts = ends - torch.tensor(sizes, device=item_codes.device)
-    return item_codes + starts
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    return torch.stack(
+        [code + start for code, start in zip(item_codes.unbind(1), starts, strict=True)], dim=1
+    )
 
 
 def _sum(rows: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from h2rec.training.config import TrainConfig
 from h2rec.training.evaluation import last_positions
 from h2rec.training.inputs import read_split
 
+_BATCH_SIZE = 256
+
 
 class Recommendation(NamedTuple):
     """An item: its raw id, its title where the catalog has titles, and its score."""
@@ -71,11 +73,8 @@ def recommend(
     """
     if not histories or any(len(history) == 0 for history in histories):
         raise ValueError("histories: expected one item or more in each, got none")
-    device = next(model.parameters()).device
-    item_ids = _padded([history[-model.max_length :] for history in histories], model.padding_idx, device)
-    lengths = (item_ids != model.padding_idx).sum(1)
-    users = last_positions(model.encode(item_ids, lengths), lengths)
-    exclude = _padded(histories, -1, device) if exclude_history else None
+    users = user_vectors(model, histories)
+    exclude = _padded(histories, -1, users.device) if exclude_history else None
     scores, items = ops.score_topk(users, model.item_vector_parts(), k, exclude=exclude)
     return [
         [
@@ -85,6 +84,19 @@ def recommend(
         ]
         for user_items, user_scores in zip(items.tolist(), scores.tolist(), strict=True)
     ]
+
+
+@torch.no_grad()
+def user_vectors(model: SequentialModel, histories: Sequence[np.ndarray]) -> Tensor:
+    """The vectors ``[B, C]`` of users who had these items, oldest first; see `recommend`."""
+    device = next(model.parameters()).device
+    users = []
+    for start in range(0, len(histories), _BATCH_SIZE):
+        latest = [history[-model.max_length :] for history in histories[start : start + _BATCH_SIZE]]
+        item_ids = _padded(latest, model.padding_idx, device)
+        lengths = (item_ids != model.padding_idx).sum(1)
+        users.append(last_positions(model.encode(item_ids, lengths), lengths))
+    return torch.cat(users)
 
 
 def _padded(rows: Sequence[np.ndarray], padding: int, device: torch.device) -> Tensor:

@@ -74,14 +74,16 @@ def trained(shop, sids) -> tuple[Path, str]:
 
 def test_every_command_explains_itself_with_an_example():
     overview = call("--help")
-    for command in ("tokenize", "train", "evaluate", "recommend", "config", "demo"):
+    for command in ("tokenize", "train", "evaluate", "recommend", "export", "config", "demo"):
         assert f" {command} " in overview
         text = call(command, "--help")
         assert "Example:" in text
         assert f"h2rec {command}" in text
 
 
-@pytest.mark.parametrize("command", ["tokenize", "train", "evaluate", "recommend", "config", "demo"])
+@pytest.mark.parametrize(
+    "command", ["tokenize", "train", "evaluate", "recommend", "export", "config", "demo"]
+)
 def test_examples_can_be_copied_from_a_narrow_terminal(command):
     printed = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
     (source,) = (
