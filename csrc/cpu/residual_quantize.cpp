@@ -38,7 +38,8 @@ struct CoarseLevel {
   float* offsets;                  // [num_panels * panel width]
   float* centre;                   // [dim]
   float scale;
-  float norm, error, offset, half_norm, codeword_norm, centre_norm;  // the largest of all codewords
+  float norm, error, offset, half_norm;  // the largest of all codewords; norms less the centre
+  float centre_norm;
 };
 
 template <typename T>

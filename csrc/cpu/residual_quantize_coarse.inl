@@ -119,7 +119,6 @@ static void round_level(const Level<float>& level, std::int64_t dim, std::int8_t
     raise(coarse.offset, __builtin_fabsf(coarse.offsets[k]));
     raise(coarse.half_norm, level.half_norms[k]);
   }
-  coarse.codeword_norm = kSlack * __builtin_sqrtf(2 * coarse.half_norm);
   coarse.centre_norm = static_cast<float>(__builtin_sqrt(dot(coarse.centre, coarse.centre, dim))) * kSlack;
 }
 
@@ -156,7 +155,9 @@ static inline void add_products(__m512i& sums, __m512i codewords, __m512i row) {
   for (std::int64_t p = 0; p < level.num_panels; ++p) {
     __m512i sums[kRows][kColumns];
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_set1_epi32(-128 * rounded[r].sum);
+    for (int r = 0; r < kRows; ++r) {  // without sign, for the bytes of a row that is not finite may have any sum
+      sums[r][0] = sums[r][1] = _mm512_set1_epi32(static_cast<std::int32_t>(-128u * static_cast<std::uint32_t>(rounded[r].sum)));
+    }
     const std::int32_t* row = reinterpret_cast<const std::int32_t*>(tile.bytes);
     for (std::int64_t g = 0; g < groups; ++g, ++row, panel += kColumns) {
       const __m512i left = panel[0], right = panel[1];
@@ -191,8 +192,8 @@ struct Bounds {
 static inline Bounds bounds_of(const Rounded& row, const CoarseLevel& level, std::int64_t dim) {
   const float size = static_cast<float>(dim), coarse_norm = level.norm + level.error;
   const float coarse_values = level.offset + (row.norm + row.error) * coarse_norm;
-  const float values =
-      level.half_norm + (row.norm + level.centre_norm) * (level.codeword_norm + level.centre_norm);
+  // |row| and |codeword| by way of the centre: half_norm may have lost the square of a small codeword.
+  const float values = level.half_norm + (row.norm + level.centre_norm) * (level.norm + level.centre_norm);
   const bool finite = coarse_values + values < kTooLarge;
   const float products = row.error * coarse_norm + row.norm * level.error;
   return {finite ? kSlack * (products + 8 * kUnit * coarse_values) : __builtin_inff(),

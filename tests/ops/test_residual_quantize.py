@@ -261,6 +261,7 @@ def hard_cases(generator):
     yield "codewords that do not differ", x, [torch.ones(300, 128)]
     yield "vectors rounded away from the nearest", *aligned_rounding(of_vectors=True)
     yield "codewords rounded away from the vectors", *aligned_rounding(of_vectors=False)
+    yield "codewords whose squares underflow, and whose mean is zero", *opposite_permutations()
     yield "zeros", torch.zeros(100, 128), books
     yield (
         "small integers",
@@ -302,6 +303,14 @@ def aligned_rounding(of_vectors):
     codewords = torch.stack([largest, b, a, torch.zeros(64)]).repeat_interleave(2, 0)
     codewords[1::2] *= -1
     return x, [codewords.repeat(4, 1)]
+
+
+def opposite_permutations():
+    """Constant vectors, and codewords equally near to them but for roundings, which are relative to norms of 1e-23."""
+    generator = torch.Generator().manual_seed(0)
+    values = 1e-24 * torch.randn(64, generator=generator)
+    shuffled = torch.stack([values[torch.randperm(64, generator=generator)] for _ in range(16)])
+    return torch.linspace(1, 2, 100)[:, None].repeat(1, 64), [torch.cat([shuffled, -shuffled])]
 
 
 QUANTIZE_CASES = """
