@@ -61,7 +61,7 @@ struct Search {
   std::uint16_t* codewords;  // [*, depth] fp16, of norm at most 1
   float* squares;            // |c|^2
   float* scales;             // -2 times what was divided by
-  float* norms;              // at least |c|
+  float* norms;              // at least |c|; infinite where it is too large
   // Of level l [all codewords before it, padded]: 2 <c_{j,k'}, c_{l,k}>. With them x is multiplied at every level and no residual
   // is formed: |x - s - c|^2 = |x - s|^2 + |c|^2 - 2 <x, c> + 2 <s, c>, for the sum s of a path's codewords. Null without.
   float* tables;
@@ -75,6 +75,9 @@ struct Search {
   std::int32_t* candidates;   // [blocks, tile_rows, capacity]: path * size of the level + codeword
   float* lower_bounds;        // [blocks, tile_rows, capacity]
 };
+
+// Up to here squares and products of norms, and sums of a few of them, stay finite.
+constexpr float kLargestNorm = 0x1p62f;
 
 template <typename C>
 constexpr Dtype kDtype = sizeof(C) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) prepare_level_kernel(const Search s,
   if (lane == 0) {
     s.squares[place] = square;
     s.scales[place] = -2 * scale;
-    s.norms[place] = norm;
+    s.norms[place] = norm < kLargestNorm ? norm : INFINITY;  // so that its error has no bound
   }
   for (int d = 4 * lane; d < s.depth; d += 4 * kWarpSize) {
     const Four<C> v = exists ? load4<C>(rows, level.first + k, d) : Four<C>{};
@@ -335,7 +338,8 @@ __device__ void scan(const Search& s, const Row& row, int level, const Level& in
       }
     }
     const float slope = s.bound.product * path.norm + s.bound.underflow * path.scale + 2 * s.bound.rounding * path.reach;
-    const float offset = s.bound.rounding * path.reach * path.reach + s.bound.smallest;
+    const float offset =
+        path.reach < kLargestNorm ? s.bound.rounding * path.reach * path.reach + s.bound.smallest : INFINITY;
     float lower[4], upper[4], lowest_of_lane = INFINITY;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -511,7 +515,7 @@ std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + s
 
 ErrorBound error_bound(std::int64_t dim, int num_levels) {
   const double products = 0x1p-10 + 0x1p-20 + static_cast<double>(dim) * 0x1p-21;
-  const double roundings = static_cast<double>(2 * dim + 3 * num_levels + 32);
+  const double roundings = static_cast<double>(2 * dim + 6 * num_levels + 32);
   return {static_cast<float>(2 * products), static_cast<float>(0x1p-23 * std::sqrt(static_cast<double>(dim))),
           static_cast<float>(roundings * 0x1p-24), static_cast<float>(roundings * 0x1p-149),
           static_cast<float>(1 + static_cast<double>(dim + 8) * 0x1p-24)};

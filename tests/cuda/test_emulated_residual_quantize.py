@@ -87,6 +87,10 @@ INPUTS = {  # what makes fp16 products of no, or of little use
     "more alike than there is room for": lambda x, codebook, _: (x, codebook[:1] + 1e-4 * codebook),
     "a common offset": lambda x, codebook, _: (x + 100, codebook + 100),
     "far too large for fp16": lambda x, codebook, _: (1e15 * x, 1e15 * codebook),
+    "products overflow, distances do not": lambda x, codebook, _: (
+        1.2e19 * torch.nn.functional.normalize(x),
+        torch.cat([1.2e19 * torch.nn.functional.normalize(codebook[1:]), codebook[:1]]),
+    ),
     "distances overflow": lambda x, codebook, _: (1e19 * x, 1e19 * codebook),
     "squares underflow": lambda x, codebook, _: (3e-22 * x, 3e-22 * codebook),
     "one codeword is far away": lambda x, codebook, _: (x, torch.cat([codebook[:1] * 1e4, codebook[1:]])),
