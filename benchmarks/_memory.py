@@ -13,7 +13,8 @@ import torch
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     """CUDA: bytes of torch's caching allocator. CPU: resident memory of this process, whoever allocated it.
 
-    Results and gradients that the call leaves behind count. None where the kernel does not tell: Linux with glibc does.
+    Results and gradients that the call leaves behind count; pages of files do not, such as code that the kernel had
+    taken back and the call reads in again. None where the kernel does not tell: Linux with glibc does.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -25,9 +26,9 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
 
     if not _forget_the_past():
         return None
-    before = _status_bytes("VmRSS")
+    before, of_files = _status_bytes("VmRSS"), _status_bytes("RssFile")
     call()
-    return max(0, _status_bytes("VmHWM") - before)
+    return max(0, _status_bytes("VmHWM") - before - (_status_bytes("RssFile") - of_files))
 
 
 def peak_anonymous_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
