@@ -1,13 +1,16 @@
 """Parameters and buffers that several embedding layers have."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from h2rec.ops import Hashing
 from h2rec.semantic_ids import SemanticIds
+
+# Rows of content that are copied at a time.
+_PART_ROWS = 1 << 18
 
 
 def make_codebooks(sids: SemanticIds, embedding_dim: int) -> nn.Parameter | nn.ParameterList:
@@ -106,18 +109,21 @@ def start_from_content(hash_table: Tensor, vectors: Tensor, mode: str) -> None:
     if vectors.dim() != 2 or vectors.shape[0] != num_rows:
         raise ValueError(f"vectors must have shape [{num_rows}, D0], got {list(vectors.shape)}")
     scale = hash_table.std()
-    centred = vectors.to(hash_table.device, torch.float32)
-    centred = centred - centred.mean(0)
-    _, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
-    components = centred @ directions.flip(1)[:, :dim]  # [R, min(D0, D)]
+    mean = sum(part.sum(0) for part in _float_parts(vectors, hash_table)) / num_rows
+    products = sum((part - mean).T @ (part - mean) for part in _float_parts(vectors, hash_table))  # [D0, D0]
+    squares, directions = torch.linalg.eigh(products)  # ascending
+    squares, directions = squares.flip(0)[:dim], directions.flip(1)[:, :dim]  # [D0, k], k = min(D0, D)
     # A direction's sign is arbitrary: the largest weight is made positive, so that machines agree.
-    signs = (
-        directions.flip(1)[:, :dim]
-        .gather(0, directions.flip(1)[:, :dim].abs().argmax(0, keepdim=True))
-        .sign()
-    )
-    components = components * signs
+    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    spread = (squares.clamp_min(0).sum() / max(num_rows * len(squares) - 1, 1)).sqrt()
+    directions = directions * (scale / spread.clamp_min(1e-12))
     hash_table.mul_(0.1)
-    hash_table[:, : components.shape[1]] = (components * (scale / components.std().clamp_min(1e-12))).to(
-        hash_table.dtype
-    )
+    start = 0
+    for part in _float_parts(vectors, hash_table):
+        hash_table[start : start + len(part), : len(squares)] = (part - mean) @ directions
+        start += len(part)
+
+
+def _float_parts(vectors: Tensor, like: Tensor) -> Iterator[Tensor]:
+    for part in vectors.split(_PART_ROWS):
+        yield part.to(like.device, torch.float32)

@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
     split: Split
     sids: SemanticIds
-    content: Tensor | None  # [num_items, D0]
+    content: Tensor | None  # [num_items, D0], in the file's dtype; an .npy is mapped
     co_occurrence: CoOccurrence | None  # of the training part
     eval_users: np.ndarray | None  # those who are ranked; None: all
     negatives: dict[str, np.ndarray]  # of each stage, [num_users or len(eval_users), n]
@@ -82,8 +82,7 @@ def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
             )
     content = None
     if config.embeddings is not None:
-        vectors = read_embeddings(config.embeddings, num_items=sids.num_items)
-        content = torch.from_numpy(np.asarray(vectors, dtype=np.float32))
+        content = torch.from_numpy(read_embeddings(config.embeddings, num_items=sids.num_items))
     pairs = co_occurrence(split) if "h2rec" in config.models and config.co_occurrence else None
     users = eval_users(config, split)
     return Inputs(split, sids, content, pairs, users, _ranking_negatives(config, split, users))

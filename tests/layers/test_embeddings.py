@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from h2rec import SemanticIds
-from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding
+from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding, _tables
 
 NUM_ITEMS, DIM = 50, 8
 
@@ -227,7 +227,9 @@ def test_sparse_gradients(item_ids, device):
         torch.testing.assert_close(layer.hash_table.grad.to_dense(), dense.hash_table.grad)
 
 
-def test_hash_table_starts_from_content(device):
+@pytest.mark.parametrize("part", [7, 1 << 18], ids=lambda part: f"{part} rows at a time")
+def test_hash_table_starts_from_content(part, device, monkeypatch):
+    monkeypatch.setattr(_tables, "_PART_ROWS", part)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(NUM_ITEMS, 20, generator=generator) * torch.linspace(3, 0.1, 20)
     for layer in (LAYERS["hash"]().to(device), LAYERS["both sum"]().to(device)):
