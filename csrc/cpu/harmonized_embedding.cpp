@@ -66,7 +66,7 @@ namespace h2rec {
 namespace {
 
 constexpr int64_t kGrainBytes = 2 << 20;  // what a thread must move to be worth its start
-constexpr int64_t kBlock = 256;           // tokens whose rows are found before they are read
+constexpr int64_t kBlock = 128;           // tokens whose rows are found, and then fetched, before they are read
 
 int64_t size_of(FloatType type) {
   return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;

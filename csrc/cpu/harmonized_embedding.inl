@@ -134,14 +134,15 @@ template <class T>
   }
 }
 
-// Tokens that are summed while a row comes from memory.
-constexpr std::int64_t kRowsAhead = 8;
-
 template <class T>
 void pool_as(const Pool& pool, const std::int32_t* codebook_rows, const std::int64_t* table_rows, std::int64_t begin,
              std::int64_t end) {
   const T* codebooks = static_cast<const T*>(pool.codebooks.data);
   const T* table = static_cast<const T*>(pool.table.data);
+  // All at once: a prefetch waits for its page to be found, which few do side by side among the instructions of the sums.
+  for (std::int64_t i = 0; i < (end - begin) * pool.num_hashes; ++i) {
+    prefetch_row(table + table_rows[i] * pool.table.stride, pool.table_dim);
+  }
   for (const Part* part = pool.parts; part < pool.parts + pool.num_parts; ++part) {
     for (std::int64_t token = begin; token < end; ++token) {
       const std::int32_t* codewords = codebook_rows + (token - begin) * pool.num_levels;
@@ -150,12 +151,6 @@ void pool_as(const Pool& pool, const std::int32_t* codebook_rows, const std::int
       if (pool.num_levels > 0 ? codewords[0] < 0 : hashes[0] < 0) {
         __builtin_memset(out, 0, part->width * sizeof(T));
         continue;
-      }
-      if (token + kRowsAhead < end) {
-        for (std::int64_t j = 0; j < part->num_hashes; ++j) {
-          const std::int64_t row = hashes[kRowsAhead * pool.num_hashes + j];
-          prefetch_row(table + row * pool.table.stride + part->table_column, part->width);
-        }
       }
       for_columns<Sum<T>>(0, part->width, [&]<int kLanes, int kVectors>(std::int64_t column) __attribute__((always_inline)) {
         Piece<T, Sum<T>, kLanes, kVectors> semantic, hashed;
@@ -208,6 +203,8 @@ void round_as(const void* sums, double divisor, std::int64_t count, void* out) {
     }
   });
 }
+
+constexpr std::int64_t kRowsAhead = 8;  // that are summed while a row comes from memory
 
 // In fp64: a row is read by a few tokens or by thousands, and the arithmetic waits for memory anyway.
 template <class T>

@@ -9,8 +9,7 @@ namespace {
 using std::int64_t;
 using std::uint64_t;
 
-constexpr int64_t kBlock = 128;         // tokens whose ids and codes are read before their rows are worked out
-constexpr int64_t kPrefetchAhead = 16;  // codes of tokens to come: each is a cache miss in a large catalog
+constexpr int64_t kBlock = 128;  // tokens whose ids and codes are read before their rows are worked out
 
 // 2^64 / golden ratio, odd: folds a tuple of codes into one integer. As in h2rec/reference/harmonized_embedding.py.
 constexpr uint64_t kFold = 0x9E3779B97F4A7C15;
@@ -57,11 +56,13 @@ template <class Code, class Function>
 void for_each_code(const ItemRows& items, const int64_t* ids, int64_t count, Function use) {
   const Code* const table = static_cast<const Code*>(items.codes);
   const int64_t stride = items.code_strides[0];
-  for (int64_t i = -kPrefetchAhead; i < count; ++i) {
-    if (const int64_t ahead = i + kPrefetchAhead; ahead < count && ids[ahead] != kNoRow) {
-      __builtin_prefetch(table + ids[ahead] * stride);
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] != kNoRow) {  // a cache miss in a large catalog, and a page to find: many at once
+      __builtin_prefetch(table + ids[i] * stride);
     }
-    if (i >= 0 && ids[i] != kNoRow) {
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] != kNoRow) {
       use(i, table + ids[i] * stride);
     }
   }

@@ -14,7 +14,7 @@ using std::int64_t;
 using std::uint64_t;
 using Keys = std::unique_ptr<uint64_t[]>;
 
-constexpr int64_t kKeysPerChunk = 16384;  // what is worth a thread
+constexpr int64_t kKeysPerChunk = 4096;  // what is worth a thread
 constexpr int64_t kMaxChunks = 32;
 
 // Stable, by the bits [low, high): least significant digit first. Each chunk of keys counts its digits and then writes where
@@ -77,19 +77,21 @@ SortedRows sort_rows(const int64_t* rows, int64_t num_tokens, int64_t rows_per_t
   });
   keys = radix_sort(std::move(keys), count, token_bits, token_bits + row_bits, parallel_for);
 
-  SortedRows sorted{std::move(keys), token_bits, {}, {}};
-  int64_t i = 0;
-  for (; i < count; ++i) {
+  SortedRows sorted{std::move(keys), token_bits, std::vector<int64_t>(count), std::vector<int64_t>(count + 1)};
+  int64_t num_rows = 0, i = 0;
+  for (int64_t before = -1; i < count; ++i) {  // written whether new or not: which it is cannot be foreseen
     const int64_t row = static_cast<int64_t>(sorted.keys[i] >> token_bits);
     if (row == limit) {
       break;
     }
-    if (sorted.rows.empty() || row != sorted.rows.back()) {
-      sorted.rows.push_back(row);
-      sorted.starts.push_back(i);
-    }
+    sorted.rows[num_rows] = row;
+    sorted.starts[num_rows] = i;
+    num_rows += row != before;
+    before = row;
   }
-  sorted.starts.push_back(i);
+  sorted.starts[num_rows] = i;
+  sorted.rows.resize(num_rows);
+  sorted.starts.resize(num_rows + 1);
   return sorted;
 }
 
