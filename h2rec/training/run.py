@@ -74,6 +74,11 @@ def train_run(
     _check_directory(config, run_dir, resume)
     own_sids = run_dir / "sids.safetensors"
     inputs = read_inputs(config, own_sids if own_sids.exists() else Path(config.sids))
+    if accelerator == "gpu" and config.devices > 1 and config.has_sparse_tables(inputs.sids.num_items):
+        raise ValueError(
+            "table_optimizer: expected 'adamw' with several GPUs, as NCCL averages no sparse gradients, "
+            f"got {config.table_optimizer!r} for {inputs.sids.num_items:,} items"
+        )
     train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
     _write_inputs(config, inputs, run_dir)
     if inputs.split.short_users:

@@ -199,6 +199,16 @@ def test_two_processes(catalog_config, device, tmp_path):
     assert evaluate_model(model, split, "test", num_negatives=5, users=users)["full"] == test["full"]
 
 
+def test_refuses_sparse_gradients_on_several_gpus(catalog_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    several = TrainConfig(**{**vars(catalog_config), "devices": 2, "accelerator": "gpu"})
+    with pytest.raises(
+        ValueError, match=r"table_optimizer: expected 'adamw' with .* got 'auto' for 4,001 items"
+    ):
+        train_run(several, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- ranks
 
 
