@@ -14,6 +14,7 @@ RANK = {
     "testing": 8,
     "cli": 7,
     "training": 6,
+    "planning": 6,  # formulas: it imports nothing
     "models": 5,
     "data": 5,
     "tokenizers": 5,

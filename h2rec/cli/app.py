@@ -12,6 +12,7 @@ from h2rec.cli.console import errors
 from h2rec.cli.demo import demo
 from h2rec.cli.evaluate import evaluate
 from h2rec.cli.export import export
+from h2rec.cli.plan import plan
 from h2rec.cli.recommend import recommend
 from h2rec.cli.tokenize import tokenize
 from h2rec.cli.train import train
@@ -87,5 +88,5 @@ def config() -> None:
     h2rec.show_config()
 
 
-for command in (tokenize, train, evaluate, recommend, export, demo):
+for command in (tokenize, train, evaluate, recommend, export, plan, demo):
     app.command()(command)

@@ -74,7 +74,7 @@ def trained(shop, sids) -> tuple[Path, str]:
 
 def test_every_command_explains_itself_with_an_example():
     overview = call("--help")
-    for command in ("tokenize", "train", "evaluate", "recommend", "export", "config", "demo"):
+    for command in ("tokenize", "train", "evaluate", "recommend", "export", "plan", "config", "demo"):
         assert f" {command} " in overview
         text = call(command, "--help")
         assert "Example:" in text
@@ -82,7 +82,7 @@ def test_every_command_explains_itself_with_an_example():
 
 
 @pytest.mark.parametrize(
-    "command", ["tokenize", "train", "evaluate", "recommend", "export", "config", "demo"]
+    "command", ["tokenize", "train", "evaluate", "recommend", "export", "plan", "config", "demo"]
 )
 def test_examples_can_be_copied_from_a_narrow_terminal(command):
     printed = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
@@ -264,3 +264,25 @@ def test_demo_force_deletes_nothing_but_a_run(monkeypatch, tmp_path, shop):
     (tmp_path / "demo" / "thesis.tex").touch()
     assert "is not the folder of a run" in call("demo", "-o", tmp_path / "demo", "--force", fails=True)
     assert (tmp_path / "demo" / "thesis.tex").exists()
+
+
+def test_plan():
+    options = ["--items", "100M", "--dim", 128, "--codebook", 8192]
+    printed = call("plan", *options, "--gpus", 8)
+    assert "Memory of each of 8 GPUs" in printed
+    assert "hash table 6.4 GB" in printed
+    assert "optimizer state of the table 50 MB" in printed
+    assert "gradients, all-reduce" in printed
+    assert "H200: 9.1" in printed
+    assert "GB fits into 141 GB" in printed
+    printed = call("plan", *options, "--dense")
+    assert "optimizer state of the table 102 GB" in printed
+    assert "does not fit into 180 GB" in printed
+    assert "all-reduce" not in printed
+
+
+def test_plan_refuses():
+    assert "expected a number such as 100M, got 'many'" in call("plan", "--items", "many", fails=True)
+    assert "items must be at least 1, got 0" in call("plan", "--items", "0", fails=True)
+    printed = call("plan", "--items", "1M", "--dtype", "float16", fails=True)
+    assert "dtype must be one of float32, bfloat16, got 'float16'" in printed

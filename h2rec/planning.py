@@ -1,0 +1,271 @@
+"""What training H2Rec on a catalog costs: memory, bytes and operations, and the time that they take at least.
+
+Each piece of work is bound by what takes longest (a roofline): moving its bytes, its matrix products, its other
+instructions, or what it sends to other devices. The formulas of the operators are those of kernels/README.md and
+csrc/README.md; those of the model were counted as PyTorch's eager operators ran it, and tests/test_planning.py counts
+again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ITEM_SIZES = {"float32": 4, "bfloat16": 2}
+# Of the sampled softmax, and the most items that H2Rec aligns; see h2rec.training and h2rec.models.H2Rec.
+SHARED_NEGATIVES = 1024
+MAX_ALIGNED_ITEMS = 1024
+CONTENT_BYTES = 2  # content vectors are kept in fp16
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can do, per second.
+
+    Attributes:
+        memory: bytes.
+        bandwidth: bytes from and to memory.
+        fp32, bf16: operations of matrix products.
+        exact_fp32: those of our kernels, which make fp32 products of three of TF32.
+        instructions: other instructions, counted in lanes.
+        link: bytes sent to other devices.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    fp32: float
+    bf16: float
+    exact_fp32: float
+    instructions: float
+    link: float
+
+
+# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (an eighth of the board). Products without sparsity;
+# a third of TF32; four warps' instructions a clock of each multiprocessor; half of NVLink's two directions.
+GPUS = (
+    Device("A100", 80e9, 2.04e12, 19.5e12, 312e12, 52e12, 1.9e13, 300e9),
+    Device("H100", 80e9, 3.35e12, 67e12, 990e12, 165e12, 2.9e13, 450e9),
+    Device("H200", 141e9, 4.8e12, 67e12, 990e12, 165e12, 2.9e13, 450e9),
+    Device("B200", 180e9, 8.0e12, 75e12, 2250e12, 367e12, 3.5e13, 900e9),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work of one device.
+
+    Attributes:
+        bytes: from and to memory.
+        products: operations of matrix products (2 per multiply-add).
+        instructions: other instructions that matter, in lanes.
+        sent: bytes to other devices.
+        ours: products are made by a kernel of this library.
+        dtype: of the operands of the products.
+    """
+
+    name: str
+    bytes: float = 0.0
+    products: float = 0.0
+    instructions: float = 0.0
+    sent: float = 0.0
+    ours: bool = False
+    dtype: str = "float32"
+
+    def seconds_by_limit(self, device: Device) -> dict[str, float]:
+        rate = device.bf16 if self.dtype == "bfloat16" else device.exact_fp32 if self.ours else device.fp32
+        return {
+            "memory": self.bytes / device.bandwidth,
+            "products": self.products / rate,
+            "instructions": self.instructions / device.instructions,
+            "network": self.sent / device.link,
+        }
+
+    def limit(self, device: Device) -> str:
+        """What binds: the largest of `seconds_by_limit`."""
+        seconds = self.seconds_by_limit(device)
+        return max(seconds, key=seconds.__getitem__)
+
+    def seconds(self, device: Device) -> float:
+        return max(self.seconds_by_limit(device).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Training of H2Rec (SASRec backbones, sampled softmax) with the rows of the table shared out over the devices.
+
+    Args:
+        items: N; the hash table has a row for each.
+        dim: D.
+        levels, codebook: L levels of K codewords.
+        gpus: devices G. Each trains on a batch of its own; the model is on all, the table's rows on one each.
+        batch, length: sequences B of T items, per device.
+        layers: of each backbone.
+        dtype: ``"float32"`` or ``"bfloat16"``, of tables, activations and products. Optimizers keep fp32.
+        sparse: the table has sparse gradients and `h2rec.optim.RowwiseAdagrad`; else AdamW updates all of it.
+
+    Raises:
+        ValueError: a size is below 1, or an unknown dtype.
+    """
+
+    items: int
+    dim: int = 64
+    levels: int = 4
+    codebook: int = 256
+    gpus: int = 1
+    batch: int = 256
+    length: int = 50
+    layers: int = 2
+    dtype: str = "float32"
+    sparse: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("items", "dim", "levels", "codebook", "gpus", "batch", "length", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in ITEM_SIZES:
+            raise ValueError(f"dtype must be one of {', '.join(ITEM_SIZES)}, got {self.dtype!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a batch."""
+        return self.batch * self.length
+
+    @property
+    def aligned_items(self) -> int:
+        return min(MAX_ALIGNED_ITEMS, self.tokens, self.items)
+
+    @property
+    def looked_up(self) -> int:
+        """Items that a step looks up: its sequences, the aligned items, the targets, the negatives."""
+        return 2 * self.tokens + self.aligned_items + SHARED_NEGATIVES
+
+    @property
+    def rows_touched(self) -> int:
+        """Rows of the table with a gradient, at most."""
+        return min(self.looked_up, self.items)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * ITEM_SIZES[self.dtype]
+
+    @property
+    def dense_parameters(self) -> int:
+        """All parameters but the hash table and the codebooks."""
+        d, levels = self.dim, self.levels
+        hidden = max(1, d // 2)
+        cross_attention = levels * (4 * d * d + d) + (d + 1) * hidden + (hidden + 1) * levels
+        attention = 4 * d * d + 4 * d
+        backbone = self.layers * (6 * d * d + 10 * d) + 2 * d
+        masks = levels * d if levels > 1 else 0
+        return cross_attention + attention + 2 * backbone + self.length * d + masks
+
+    @property
+    def codebook_parameters(self) -> int:
+        return self.levels * self.codebook * self.dim
+
+    def memory(self) -> dict[str, float]:
+        """Bytes on each device."""
+        size = ITEM_SIZES[self.dtype]
+        rows = self.items / self.gpus
+        dense = self.dense_parameters + self.codebook_parameters
+        gradient = self.rows_touched * (self.row_bytes + 8) if self.sparse else rows * self.row_bytes
+        # Tensors of [B, T, D] that autograd keeps, by levels and layers, and of [B T, negatives].
+        kept = 52 * self.layers + 7 * self.levels
+        return {
+            "hash table": rows * self.row_bytes,
+            "codes": self.items * self.levels * 4,
+            "codebooks": self.codebook_parameters * size,
+            "dense parameters": self.dense_parameters * size,
+            "gradient of the table": gradient,
+            "other gradients": dense * size,
+            "optimizer state of the table": rows * 4 if self.sparse else rows * 8 * self.dim,
+            "other optimizer state": dense * 8,
+            "activations": kept * self.tokens * self.row_bytes + 2.4 * self.tokens * SHARED_NEGATIVES * size,
+        }
+
+    def step(self) -> list[Work]:
+        """The work of a training step, per device."""
+        d, levels, size, row = self.dim, self.levels, ITEM_SIZES[self.dtype], self.row_bytes
+        tokens, found = self.tokens, self.looked_up
+        elsewhere = (self.gpus - 1) / self.gpus
+        dense = self.dense_parameters + self.codebook_parameters
+        logits = self.aligned_items**2
+        masked = 12 * (self.layers - 1) + 4 if levels > 1 else 0
+        masked_attention = 2 * (self.layers - 1) if levels > 1 else 0
+        work = [
+            # ids, codes, rows of the table, outputs: levels and hashed
+            Work("harmonized_embedding", found * (8 + 4 * levels + row + (levels + 1) * row)),
+            # cotangents; four passes of a sort of 12-byte keys and places, then each run is read: levels and table
+            Work(
+                "  its backward",
+                found * (levels + 1) * (96 + 8 + row) + self.codebook_parameters * size + found * row,
+            ),
+            # both directions, rows first and columns second; ids and codes compared, exponentials
+            Work(
+                "alignment_loss, both ways",
+                10 * self.aligned_items * row,
+                products=10.0 * logits * d,
+                instructions=80.0 * logits,
+                ours=True,
+                dtype=self.dtype,
+            ),
+            # multiply-adds per position: of projections, in units of D^2; of attention, in units of T D
+            Work(
+                "products of the model",
+                products=6.0 * tokens * d * d * (4 * levels + 0.5 + 4 + 12 * self.layers + masked),
+                dtype=self.dtype,
+            ),
+            Work(
+                "attention",
+                products=14.0 * tokens * self.length * d * (levels + 1 + 2 * self.layers + masked_attention),
+                dtype=self.dtype,
+            ),
+            # every eager operator reads its inputs and writes its output
+            Work("activations", (18 + 74 * levels + 469 * self.layers) * tokens * row),
+            Work(
+                "sampled softmax",
+                17.0 * tokens * SHARED_NEGATIVES * size + 32 * tokens * row,
+                products=6.0 * tokens * SHARED_NEGATIVES * 2 * d,
+                dtype=self.dtype,
+            ),
+            # parameter, gradient and two moments are read; all but the gradient written
+            Work("AdamW", dense * (3 * size + 16)),
+            self._table_step(),
+        ]
+        if self.gpus > 1:
+            work += [
+                Work("rows and their gradients, all to all", sent=2 * found * row * elsewhere),
+                Work("gradients, all-reduce", sent=2 * dense * size * elsewhere),
+            ]
+        return work
+
+    def _table_step(self) -> Work:
+        size, row = ITEM_SIZES[self.dtype], self.row_bytes
+        if not self.sparse:
+            return Work("AdamW of the table", self.items / self.gpus * self.dim * (5 * size + 16))
+        # gradients of two lookups are sorted and added up; then gradient, row and sum are read, row and sum written
+        update = self.rows_touched * (3 * row + 4 * 4)
+        return Work("row-wise Adagrad", self.looked_up * (2 * row + 96) + update)
+
+    def once(self) -> list[Work]:
+        """What is done once, or for each batch of users who are served, per device."""
+        d, rows = self.dim, self.items / self.gpus
+        vectors = 2 * self.row_bytes  # of an item: hash and semantic half
+        return [
+            Work(
+                "residual_quantize, all items",
+                rows * (2 * CONTENT_BYTES * d + 4 * self.levels),
+                products=2.0 * rows * d * self.levels * self.codebook,
+                # of a warp: 230 to scan 128 products, 250 for the residual and the decision
+                instructions=32.0 * rows * self.levels * (230 * self.codebook / 128 + 250),
+                ours=True,
+                dtype="bfloat16",  # 16-bit products find candidates
+            ),
+            # codes and rows are read; vectors written and read; scores written, and read by topk
+            Work(
+                f"exact ranking, {self.batch} users",
+                rows * (4 * self.levels + self.row_bytes + 2 * vectors) + 8.0 * rows * self.batch,
+                products=4.0 * rows * d * self.batch,
+                dtype=self.dtype,
+            ),
+        ]

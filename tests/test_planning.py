@@ -1,0 +1,181 @@
+"""The formulas of the planner against what the model does, counted while it runs."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from h2rec import SemanticIds
+from h2rec.data import SequenceBatch
+from h2rec.models import H2Rec
+from h2rec.planning import GPUS, Device, Plan, Work
+from h2rec.training.losses import sampled_softmax
+
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+}
+VIEWS |= {"detach", "split", "unbind", "as_strided", "alias", "lift_fresh"}
+VIEWS |= {"empty", "empty_like", "new_empty", "new_empty_strided"}
+
+
+class BytesMoved(TorchDispatchMode):
+    """Sums what every operator reads and writes; our own are counted by formulas of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace != "h2rec" and function._opname not in VIEWS:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def make(planned: Plan, num_items: int = 150) -> tuple[H2Rec, SequenceBatch]:
+    """The model of a plan with few items, and a batch of full sequences."""
+    torch.manual_seed(0)
+    codes = torch.randint(planned.codebook, (num_items, planned.levels))
+    sids = SemanticIds(codes, codebook_sizes=(planned.codebook,) * planned.levels)
+    model = H2Rec(sids, dim=planned.dim, num_layers=planned.layers, max_length=planned.length)
+    items = torch.randint(num_items, (planned.batch, planned.length + 1))
+    lengths = torch.full((planned.batch,), planned.length)
+    users = torch.arange(planned.batch)
+    return model, SequenceBatch(users, items[:, :-1].contiguous(), lengths, items[:, 1:].contiguous(), None)
+
+
+def train(model: H2Rec, batch: SequenceBatch) -> None:
+    users, losses = model.training_outputs(batch)
+    torch.autograd.backward([users, sum(losses.values())], [torch.ones_like(users), None])
+
+
+# Others than those that the formulas were fitted to.
+PLANS = [
+    Plan(150, 32, 3, 16, batch=64, length=40, layers=1),
+    Plan(150, 48, 5, 16, batch=48, length=50, layers=3),
+]
+
+
+def work(planned: Plan, name: str) -> Work:
+    (found,) = (part for part in planned.step() if part.name == name)
+    return found
+
+
+@pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
+def test_parameters(planned):
+    model, _ = make(planned)
+    assert model.embedding.codebooks.numel() == planned.codebook_parameters
+    others = sum(parameter.numel() for parameter in model.parameters()) - planned.codebook_parameters
+    assert others - model.embedding.hash_table.numel() == planned.dense_parameters
+
+
+@pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
+def test_bytes_of_a_step(planned):
+    model, batch = make(planned)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with BytesMoved() as moved, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        train(model, batch)
+    assert moved.total == pytest.approx(work(planned, "activations").bytes, rel=0.1)
+    of_scores = 2.4 * planned.tokens * 1024 * 4
+    assert sum(kept.values()) == pytest.approx(planned.memory()["activations"] - of_scores, rel=0.1)
+
+
+@pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
+def test_products_of_a_step(planned):
+    model, batch = make(planned)
+    with FlopCounterMode(display=False) as projections:  # it knows no attention on a CPU
+        train(model, batch)
+    formula = work(planned, "products of the model").products
+    assert projections.get_total_flops() == pytest.approx(formula, rel=0.05)
+    with FlopCounterMode(display=False) as everything, sdpa_kernel(SDPBackend.MATH):
+        train(model, batch)
+    attention = everything.get_total_flops() - projections.get_total_flops()
+    # A fused kernel multiplies once more, for it does not keep the weights.
+    assert attention * 7 / 6 == pytest.approx(work(planned, "attention").products, rel=0.05)
+
+
+def test_bytes_and_products_of_the_loss():
+    planned = Plan(2000, 64, batch=16, length=50)
+    tensors = [torch.randn(n, 128, requires_grad=True) for n in (800, 800, 1024)]
+    left_out = torch.zeros(800, 1024, dtype=torch.bool)
+    with BytesMoved() as moved, FlopCounterMode(display=False) as products:
+        sampled_softmax(*tensors, torch.zeros(1024), left_out).backward()
+    formula = work(planned, "sampled softmax")
+    assert moved.total == pytest.approx(formula.bytes, rel=0.05)
+    assert products.get_total_flops() == formula.products
+
+
+def test_memory_is_shared_out_by_rows():
+    one, eight = (Plan(100_000_000, 128, 4, 8192, gpus=gpus).memory() for gpus in (1, 8))
+    assert one["hash table"] == 100_000_000 * 128 * 4
+    for name in ("hash table", "optimizer state of the table"):
+        assert eight[name] == one[name] / 8
+    for name in ("codes", "codebooks", "activations", "gradient of the table"):
+        assert eight[name] == one[name]
+
+
+def test_dense_optimizers_touch_the_whole_table():
+    sparse, dense = (Plan(10_000_000, sparse=sparse) for sparse in (True, False))
+    assert dense.memory()["optimizer state of the table"] == 2 * 10_000_000 * 64 * 4
+    assert sparse.memory()["optimizer state of the table"] == 10_000_000 * 4
+    assert dense.step()[-1].bytes > 100 * sparse.step()[-1].bytes
+
+
+def test_a_step_does_not_grow_with_the_catalog():
+    steps = [Plan(items).step() for items in (1_000_000, 100_000_000)]
+    assert steps[0] == steps[1]
+
+
+def test_what_binds():
+    device = Device("d", 1e9, bandwidth=10, fp32=2, bf16=8, exact_fp32=1, instructions=5, link=1)
+    assert Work("w", bytes=30, products=4, instructions=5, sent=1).seconds_by_limit(device) == {
+        "memory": 3,
+        "products": 2,
+        "instructions": 1,
+        "network": 1,
+    }
+    assert (Work("w", 30, 4).limit(device), Work("w", 30, 4).seconds(device)) == ("memory", 3)
+    assert Work("w", 30, 4, ours=True).limit(device) == "products"
+    assert Work("w", products=4, ours=True, dtype="bfloat16").seconds(device) == 0.5
+
+
+def test_the_readme_of_the_kernels_has_the_same_numbers():
+    """kernels/README.md and csrc/README.md, floors on an H100."""
+    h100 = GPUS[1]
+    by_name = {part.name: part for part in Plan(100_000, 128, 4, 256).once()}
+    quantize = by_name["residual_quantize, all items"]
+    assert quantize.products / h100.bf16 == pytest.approx(26.2e9 / 990e12, rel=0.01)
+    assert quantize.instructions / h100.instructions == pytest.approx(0.31e-3, rel=0.02)
+    align = work(Plan(10_000, 64, batch=64), "alignment_loss, both ways")
+    assert align.products / h100.exact_fp32 == pytest.approx(0.26e-3 * (1024 / 8192) ** 2, rel=0.03)
+    assert align.instructions / h100.instructions == pytest.approx(0.19e-3 * (1024 / 8192) ** 2, rel=0.03)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="codebook must be at least 1, got 0"):
+        Plan(10, codebook=0)
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got 'float8'"):
+        Plan(10, dtype="float8")
+    assert all(math.isfinite(part.seconds(GPUS[0])) for part in Plan(1, 1, 1, 1, 1, 1, 1, 1).step())
