@@ -60,12 +60,18 @@ def test_many_tiles_and_a_temperature_unknown_to_the_host(
         "pair_weight": (torch.rand(500, generator=generator) * 0.7 + 0.3).to(device),
     }
     temperature = float(torch.tensor(temperature))
-    runs = (
-        results(function, dtype, inputs, temperature, **options)
-        for function, dtype in ((triton, torch.float32), (eager, torch.float32), (eager, torch.float64))
+
+    def run(function, dtype, inputs=inputs):
+        return results(function, dtype, inputs, temperature, **options)
+
+    others = [torch.randn(2, BATCH, dim, generator=generator).to(device) for _ in range(3)]
+    draws = [(run(eager, torch.float32, other)[-1], run(eager, torch.float64, other)[-1]) for other in others]
+    *rest, of_temperature = zip(
+        run(triton, torch.float32), run(eager, torch.float32), run(eager, torch.float64), strict=True
     )
-    for ours, plain, exact in zip(*runs, strict=True):
-        assert_as_accurate_as_eager(ours, plain, exact)
+    for result in rest:
+        assert_as_accurate_as_eager(*result)
+    assert_as_accurate_as_eager(*of_temperature, draws=draws)
 
 
 def test_one_pair_given_often_counts_once_with_its_largest_weight(device, generator):

@@ -65,25 +65,35 @@ def check_against_eager(hash_emb, semantic_emb, temperature, options, generator,
     weights = weights_by_definition(len(hash_emb), **options).to(device)
     options = to_device(options, device)
 
-    def run(function, to):
-        leaves = [x.detach().to(to).requires_grad_() for x in (hash_emb, semantic_emb)]
+    def run(function, to, embeddings=(hash_emb, semantic_emb)):
+        leaves = [x.detach().to(to).requires_grad_() for x in embeddings]
         leaves.append(torch.tensor(temperature, dtype=to, device=device, requires_grad=True))
         return function(*leaves), leaves
 
     ours, our_leaves = run(
         lambda h, s, t: ops.alignment_loss(h, s, temperature=t, reduction=reduction, **options), dtype
     )
-    rounded = float(torch.tensor(temperature, dtype=dtype))  # what a half-precision temperature stands for
-    temperature = rounded
-    plain, plain_leaves = run(lambda *leaves: eager(*leaves, weights, reduction), dtype)
-    exact, exact_leaves = run(lambda *leaves: eager(*leaves, weights, reduction), torch.float64)
+    temperature = float(torch.tensor(temperature, dtype=dtype))  # what a half-precision one stands for
     assert ours.dtype == torch.promote_types(dtype, torch.float32)
     cotangent = torch.randn(ours.shape, generator=generator, dtype=torch.float64).to(device)
-    for loss in (ours, plain, exact):
+
+    def run_eager(to, *embeddings):
+        loss, leaves = run(lambda *leaves: eager(*leaves, weights, reduction), to, *embeddings)
         loss.backward(cotangent.to(loss.dtype))
-    assert_as_accurate_as_eager(ours, plain, exact)
-    for actual, rival, truth in zip(our_leaves, plain_leaves, exact_leaves, strict=True):
-        assert_as_accurate_as_eager(actual.grad, rival.grad, truth.grad)
+        return loss.detach(), *(leaf.grad for leaf in leaves)
+
+    ours.backward(cotangent.to(ours.dtype))
+    others = [torch.randn(2, *hash_emb.shape, generator=generator).to(device, dtype) for _ in range(7)]
+    draws = [(run_eager(dtype, other)[-1], run_eager(torch.float64, other)[-1]) for other in others]
+    *results, (of_temperature, *eager_and_exact) = zip(
+        (ours.detach(), *(leaf.grad for leaf in our_leaves)),
+        run_eager(dtype),
+        run_eager(torch.float64),
+        strict=True,
+    )
+    for result in results:
+        assert_as_accurate_as_eager(*result)
+    assert_as_accurate_as_eager(of_temperature, *eager_and_exact, draws=draws)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 63, 64, 65, 131])
