@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -79,6 +80,8 @@ _MODULES = {
 }
 
 _requested: str | None = None
+# .requested: what was asked for when the graph was made that runs backward now, in this thread.
+_of_forward = threading.local()
 
 
 @functools.cache
@@ -131,7 +134,9 @@ def usable(operator: str, device_type: str, beam_size: int = 1) -> list[str]:
 
 def choose(function: str, device_type: str, beam_size: int = 1) -> Callable:
     """The implementation of ``function`` (an operator, or its ``_backward``) by the requested or the best backend."""
-    requested = _requested or os.environ.get("H2REC_BACKEND") or None
+    requested = (
+        _requested or getattr(_of_forward, "requested", None) or os.environ.get("H2REC_BACKEND") or None
+    )
     return _choose(function, device_type, requested, beam_size)
 
 
@@ -151,6 +156,9 @@ def _choose(function: str, device_type: str, requested: str | None, beam_size: i
 def use_backend(name: str) -> Iterator[None]:
     """Runs every operator of the block on backend ``name``, in all threads; one that cannot serve raises.
 
+    The backward of what eager code computes in the block runs there too, unless another block is around it by then;
+    compiled code chooses when it runs.
+
     Raises:
         ValueError: there is no such backend.
     """
@@ -160,6 +168,21 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested = before
+
+
+def requested() -> str | None:
+    """The backend that a block asks for."""
+    return _requested
+
+
+@contextlib.contextmanager
+def in_backward_of(forward_requested: str | None) -> Iterator[None]:
+    """Operators of the block, in this thread, run where the forward was asked to, if nothing else is asked for now."""
+    _of_forward.requested = forward_requested
+    try:
+        yield
+    finally:
+        _of_forward.requested = None
 
 
 def _check_name(argument: str, name: str) -> str:

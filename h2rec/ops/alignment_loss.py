@@ -138,12 +138,13 @@ class _SumsOverRanks(torch.autograd.Function):
             row_sums, column_sums, hashes, semantics, temperature, item_ids, codes, pair_index, pair_weight
         )
         ctx.min_shared_codes, ctx.stripe, ctx.ranks = min_shared_codes, stripe, len(counts)
-        ctx.dtypes = hash_emb.dtype, semantic_emb.dtype
+        ctx.dtypes, ctx.requested_backend = (hash_emb.dtype, semantic_emb.dtype), _backends.requested()
         return row_sums, column_sums
 
     @staticmethod
     def backward(ctx, grad_row_sums, grad_column_sums):
-        grads = _gradients(ctx, grad_row_sums, grad_column_sums, ctx.needs_input_grad[3])
+        with _backends.in_backward_of(ctx.requested_backend):
+            grads = _gradients(ctx, grad_row_sums, grad_column_sums, ctx.needs_input_grad[3])
         grad_hash, grad_semantic, grad_temperature = (grad * ctx.ranks for grad in grads)
         hash_dtype, semantic_dtype = ctx.dtypes
         return (

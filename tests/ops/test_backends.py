@@ -8,9 +8,10 @@ from h2rec.ops import _backends
 
 @pytest.fixture(autouse=True)
 def no_cached_choice():
-    _backends._choose.cache_clear()
+    choose = _backends._choose
+    choose.cache_clear()
     yield
-    _backends._choose.cache_clear()
+    choose.cache_clear()
 
 
 def quantize():
@@ -50,6 +51,44 @@ def test_a_beam_may_be_too_wide_for_a_backend():
     assert reason == "it keeps at most 32 paths of a row, not 33"
     assert reason != _backends.why_not("cuda", "residual_quantize", "cuda", 32)
     assert "cuda" not in _backends.usable("residual_quantize", "cuda", 33)
+
+
+def embed():
+    codes = torch.zeros(2, 1, dtype=torch.int64)
+    books, table = torch.zeros(1, 4, 3, requires_grad=True), torch.zeros(2, 3)
+    return sum(ops.harmonized_embedding(torch.tensor([0, 1]), codes, books, table)).sum()
+
+
+def align():
+    return ops.alignment_loss(torch.eye(3, requires_grad=True), torch.eye(3))
+
+
+@pytest.mark.parametrize(("operator", "run"), [("harmonized_embedding", embed), ("alignment_loss", align)])
+def test_backward_runs_where_its_forward_was_asked_to(operator, run, monkeypatch):
+    chosen = []
+    choose = _backends._choose
+
+    def record(function, device_type, requested, beam_size):
+        chosen.append((function, requested))
+        return choose(function, device_type, requested, beam_size)
+
+    monkeypatch.setattr(_backends, "_choose", record)
+    monkeypatch.delenv("H2REC_BACKEND", raising=False)
+    with h2rec.use_backend("reference"):
+        asked = run()
+    free = run()
+    asked.backward(retain_graph=True)
+    free.backward()
+    with h2rec.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' cannot serve"):
+        asked.backward()  # the block that is there now wins
+    backward = f"{operator}_backward"
+    assert chosen == [
+        (operator, "reference"),
+        (operator, None),
+        (backward, "reference"),
+        (backward, None),
+        (backward, "cuda"),
+    ]
 
 
 def test_unknown_backend():
