@@ -251,6 +251,7 @@ def train(
             --order time --items items.csv --title name \\
             --sids sids.safetensors -o runs/shop
         h2rec train -o runs/shop --resume
+        torchrun --nproc-per-node 2 --no-python h2rec train -o runs/shop --resume
     """
     given = {
         name: value
@@ -263,9 +264,12 @@ def train(
 def train_and_report(config: TrainConfig, run: Path, *, resume: bool = False) -> None:
     """Trains what ``config`` asks for, prints the tables and says where the report is."""
     from h2rec.training import train_run
+    from h2rec.training.processes import is_first_process
     from h2rec.training.report import read_run
 
     train_run(config, run, resume=resume)
+    if not is_first_process():
+        return
     print_results(read_run(run))
     console.print(f"The report is [bold]{run / 'report.html'}[/]", highlight=False, soft_wrap=True)
 
@@ -283,7 +287,10 @@ def _config(given: dict[str, Any], preset: str | None, run: Path, resume: bool) 
         given = {**PRESETS[preset], **given}
     if resume:
         # Its own settings, and what differs from them is for training to refuse.
-        return dataclasses.replace(TrainConfig.of_run(run), **given)
+        saved = TrainConfig.of_run(run)
+        if "devices" in given and "batch_size" not in given:
+            saved = saved.on_devices(given["devices"])
+        return dataclasses.replace(saved, **given)
     for name in ("interactions", "sids"):
         if name not in given:
             raise ValueError(f"train needs --{name} (or --resume, to go on with the run in --output)")

@@ -279,8 +279,25 @@ class TrainConfig:
             self, **{name: str(Path(path).absolute()) for name, path in paths.items() if path is not None}
         )
 
+    def on_devices(self, devices: int) -> TrainConfig:
+        """The same training with each step shared by another number of processes.
+
+        Raises:
+            ValueError: the users of a step, ``devices * batch_size``, cannot be shared evenly.
+        """
+        _check_integer("devices", devices, minimum=1)
+        users = self.devices * self.batch_size
+        if users % devices:
+            raise ValueError(f"devices: expected a divisor of {users}, the users of a step, got {devices}")
+        return dataclasses.replace(self, devices=devices, batch_size=users // devices)
+
     def difference(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """Option -> (own value, the other's value), for every option that differs."""
+        """Option -> (own value, the other's value), for every option that differs.
+
+        How many processes share a step makes no difference, as long as it has the same number of users.
+        """
+        if other.devices * other.batch_size == self.devices * self.batch_size:
+            other = dataclasses.replace(other, devices=self.devices, batch_size=self.batch_size)
         pairs = {
             field.name: (getattr(self, field.name), getattr(other, field.name))
             for field in dataclasses.fields(self)

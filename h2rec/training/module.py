@@ -150,7 +150,10 @@ class Recommender(lightning.LightningModule):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         users, auxiliary = self.model.training_outputs(batch, self.co_occurrence)
-        parts = {"next_item": self._next_item_loss(users, batch), **auxiliary}
+        next_item = self._next_item_loss(users, batch)
+        if self.trainer.world_size > 1:
+            next_item = next_item * self._share(batch)
+        parts = {"next_item": next_item, **auxiliary}
         loss = sum(parts.values())
         if batch_idx % _CHECK_EVERY.get(loss.device.type, 1) == 0:
             self._check_finite(parts, batch_idx, batch, users)
@@ -170,6 +173,13 @@ class Recommender(lightning.LightningModule):
         self.manual_backward(loss)
         for optimizer in self.optimizers():
             optimizer.step()
+
+    def _share(self, batch: SequenceBatch) -> Tensor:
+        """Own positions per mean positions of a process: what processes average is the mean over all positions."""
+        own = (batch.targets != self.model.padding_idx).sum()
+        total = own.clone()
+        torch.distributed.all_reduce(total)
+        return own * self.trainer.world_size / total
 
     def _next_item_loss(self, users: Tensor, batch: SequenceBatch) -> Tensor:
         is_position = batch.targets != self.model.padding_idx  # [B, T]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
-import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from h2rec._files import partial, replacing
@@ -35,6 +31,12 @@ from h2rec.training.evaluation import metrics_of, rank_users
 from h2rec.training.files import write_json
 from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
 from h2rec.training.module import Recommender, check_origin, train_batches
+from h2rec.training.processes import (
+    is_first_process,
+    launched_group,
+    launched_world_size,
+    train_in_processes,
+)
 from h2rec.training.progress import progress_callback, quiet_lightning, say
 from h2rec.training.report import write_report
 from h2rec.training.tiled_ranks import sweep_progress
@@ -50,13 +52,14 @@ def train_run(
     ``ranks.npz`` with every user's rank in the test), ``metrics.json`` and ``report.html``.
 
     With ``config.devices`` above 1, as many processes are started; a script that calls this needs the guard
-    ``if __name__ == "__main__"`` then.
+    ``if __name__ == "__main__"`` then. Where ``torchrun`` has started processes, all of them call this, and these are
+    the ``devices``; on several machines ``run_dir`` must be one folder.
 
     Args:
         config: what to train.
         run_dir: a directory that does not exist, or is empty.
         resume: go on with the run in ``run_dir``, from the end of the last whole epoch. On a CPU the metrics are those
-            of a run that was never interrupted.
+            of a run that was never interrupted. The number of processes may be another (`TrainConfig.on_devices`).
 
     Returns:
         the content of ``metrics.json``.
@@ -69,30 +72,23 @@ def train_run(
         FloatingPointError: a loss or score is not finite.
         ChildProcessError: one of several processes was killed, or raised what is no built-in exception.
     """
-    config, run_dir = config.with_absolute_paths(), Path(run_dir)
+    config, run_dir = _for_launcher(config.with_absolute_paths(), resume), Path(run_dir)
     accelerator = _accelerator(config)
-    _check_directory(config, run_dir, resume)
-    own_sids = run_dir / "sids.safetensors"
-    inputs = read_inputs(config, own_sids if own_sids.exists() else Path(config.sids))
-    if accelerator == "gpu" and config.devices > 1 and config.has_sparse_tables(inputs.sids.num_items):
-        raise ValueError(
-            "table_optimizer: expected 'adamw' with several GPUs, as NCCL averages no sparse gradients, "
-            f"got {config.table_optimizer!r} for {inputs.sids.num_items:,} items"
-        )
-    train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
-    _write_inputs(config, inputs, run_dir)
-    if inputs.split.short_users:
-        say(f"{inputs.split.short_users} users have fewer than three interactions and are trained on only")
-    if inputs.eval_users is not None:
-        say(f"Validation and test rank a sample of {len(inputs.eval_users):,} users")
-
-    if config.devices == 1:
-        _train_models(config, inputs, run_dir, accelerator)
+    if launched_world_size() is not None:
+        with launched_group(accelerator):
+            inputs = _start(config, run_dir, resume, accelerator) if is_first_process() else None
+            torch.distributed.barrier()
+            inputs = inputs or read_inputs(config, run_dir / "sids.safetensors")
+            _train_models(config, inputs, run_dir, accelerator)
+            torch.distributed.barrier()
+    elif config.devices == 1:
+        _train_models(config, _start(config, run_dir, resume, accelerator), run_dir, accelerator)
     else:
-        _train_in_processes(config, run_dir, accelerator)
-    metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-    write_report(run_dir)
-    return metrics
+        _start(config, run_dir, resume, accelerator)
+        train_in_processes(_train_in_process, (config, run_dir, accelerator), config.devices, accelerator)
+    if is_first_process():
+        write_report(run_dir)
+    return json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
 
 
 def load_model(
@@ -119,6 +115,39 @@ def load_model(
     return model.eval(), config, read_catalog(run_dir / "items.parquet"), sids
 
 
+def _for_launcher(config: TrainConfig, resume: bool) -> TrainConfig:
+    """With the number of processes that a launcher has started, if one has."""
+    num_processes = launched_world_size()
+    if num_processes in (None, config.devices):
+        return config
+    if resume:
+        return config.on_devices(num_processes)
+    if config.devices != 1:
+        raise ValueError(
+            f"devices: expected {num_processes}, the processes that were started, got {config.devices}"
+        )
+    return dataclasses.replace(config, devices=num_processes)
+
+
+def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -> Inputs:
+    """Reads and checks all there is to read; then writes what a run begins with."""
+    _check_directory(config, run_dir, resume)
+    own_sids = run_dir / "sids.safetensors"
+    inputs = read_inputs(config, own_sids if own_sids.exists() else Path(config.sids))
+    if accelerator == "gpu" and config.devices > 1 and config.has_sparse_tables(inputs.sids.num_items):
+        raise ValueError(
+            "table_optimizer: expected 'adamw' with several GPUs, as NCCL averages no sparse gradients, "
+            f"got {config.table_optimizer!r} for {inputs.sids.num_items:,} items"
+        )
+    train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
+    _write_inputs(config, inputs, run_dir)
+    if inputs.split.short_users:
+        say(f"{inputs.split.short_users} users have fewer than three interactions and are trained on only")
+    if inputs.eval_users is not None:
+        say(f"Validation and test rank a sample of {len(inputs.eval_users):,} users")
+    return inputs
+
+
 def _accelerator(config: TrainConfig) -> str:
     available = torch.cuda.device_count()
     accelerator = config.accelerator
@@ -126,10 +155,9 @@ def _accelerator(config: TrainConfig) -> str:
         accelerator = "gpu" if available else "cpu"
     if accelerator == "gpu" and not available:
         raise ValueError("accelerator: expected 'cpu' or 'auto' where PyTorch sees no GPU, got 'gpu'")
-    if accelerator == "gpu" and config.devices > available:
-        raise ValueError(
-            f"devices: expected at most {available}, the GPUs that PyTorch sees, got {config.devices}"
-        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
+    if accelerator == "gpu" and local > available:
+        raise ValueError(f"devices: expected at most {available}, the GPUs that PyTorch sees, got {local}")
     return accelerator
 
 
@@ -156,54 +184,8 @@ def _write_inputs(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
         write_catalog(inputs.catalog, run_dir / "items.parquet")
 
 
-def _train_in_processes(config: TrainConfig, run_dir: Path, accelerator: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = Path(folder)
-        try:
-            torch.multiprocessing.spawn(
-                _train_in_process, (config, run_dir, accelerator, meeting), config.devices
-            )
-        except torch.multiprocessing.ProcessRaisedException as error:
-            raise _cause(meeting) or ChildProcessError(str(error)) from error
-        except torch.multiprocessing.ProcessExitedException as error:
-            raise ChildProcessError(f"{error}; resume the run to go on") from error
-
-
-def _train_in_process(rank: int, config: TrainConfig, run_dir: Path, accelerator: str, meeting: Path) -> None:
-    # Lightning finds the group that is there, and by LOCAL_RANK that it need not start processes.
-    os.environ["LOCAL_RANK"] = str(rank)
-    rank_zero_only.rank = rank
-    torch.distributed.init_process_group(
-        "nccl" if accelerator == "gpu" else "gloo",
-        init_method=f"file://{meeting}/rendezvous",
-        rank=rank,
-        world_size=config.devices,
-    )
-    if accelerator == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.devices))
-    try:
-        _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
-    except Exception as error:
-        _leave_cause(error, rank, meeting)
-        raise
-    torch.distributed.destroy_process_group()
-
-
-def _leave_cause(error: Exception, rank: int, meeting: Path) -> None:
-    """The first process to fail says why; the others fail because they lost it."""
-    said = meeting / f"error-{rank}.json"
-    write_json(said, [type(error).__name__, str(error)])
-    with contextlib.suppress(FileExistsError):
-        os.link(said, meeting / "error.json")
-
-
-def _cause(meeting: Path) -> Exception | None:
-    """What `_leave_cause` left, if it was a built-in exception."""
-    if not (meeting / "error.json").exists():
-        return None
-    name, message = json.loads((meeting / "error.json").read_text(encoding="utf-8"))
-    kind = getattr(builtins, name, None)
-    return kind(message) if kind else None
+def _train_in_process(config: TrainConfig, run_dir: Path, accelerator: str) -> None:
+    _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
 
 
 def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerator: str) -> None:
@@ -213,7 +195,7 @@ def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerato
             say(f"{name}: finished before")
             continue
         _train_model(name, config, inputs, folder, accelerator)
-    if _is_first_process():
+    if is_first_process():
         _write_metrics(config, inputs, run_dir)
 
 
@@ -234,11 +216,13 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
     record = EpochRecord(folder, config.patience)
     say(f"{name}: {parameters:,} parameters, {module.loss_name} loss")
 
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
     progress = progress_callback()
     with quiet_lightning():
         trainer = lightning.Trainer(
             accelerator=accelerator,
-            devices=config.devices,
+            devices=local,
+            num_nodes=config.devices // local,
             strategy="auto" if config.devices == 1 else "ddp",
             max_epochs=config.max_epochs,
             limit_train_batches=config.steps_per_epoch,
@@ -269,7 +253,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
         )
         for stage in ("test", "valid")
     }
-    if not _is_first_process():
+    if not is_first_process():
         return
     train_counts = inputs.split.train_counts()
     metrics = {stage: metrics_of(ranks[stage], train_counts) for stage in ranks}
@@ -290,10 +274,6 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
     say(
         f"{name}: best epoch {record.best_epoch}, test NDCG@10 {test['NDCG@10']:.4f}, HR@10 {test['HR@10']:.4f}"
     )
-
-
-def _is_first_process() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:

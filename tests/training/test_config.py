@@ -198,6 +198,18 @@ def test_says_what_differs():
     assert ours.difference(make(dim=32, seed=1)) == {}
 
 
+def test_another_number_of_processes():
+    """Is the same training, if a step has the same users."""
+    config = make(devices=2, batch_size=6)
+    assert config.on_devices(4) == make(devices=4, batch_size=3)
+    assert config.difference(config.on_devices(1)) == {}
+    assert config.difference(make(devices=4, batch_size=6)) == {"devices": (2, 4)}
+    with pytest.raises(ValueError, match="devices: expected a divisor of 12, the users of a step, got 5"):
+        config.on_devices(5)
+    with pytest.raises(ValueError, match="devices: expected an integer of at least 1, got 0"):
+        config.on_devices(0)
+
+
 def test_preset_is_what_the_paper_says():
     """arXiv 2512.10388, as its authors ran it: BCE with one negative, no residual, one backbone for both branches."""
     paper = make(**config.PRESETS["paper"])

@@ -622,9 +622,27 @@ def test_a_folder_that_cannot_be_written(make_config, tmp_path, monkeypatch):
 def test_two_processes(make_config, device, tmp_path, capfd):
     if device != "cpu" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    config = make_config(models=("sum", "h2rec"), devices=2, batch_size=16, max_epochs=2)
+    log = pl.read_parquet(make_config().interactions).filter(pl.len().over("user_id") > 3)
+    even = log["user_id"].unique(maintain_order=True)[:70]  # else two processes leave one user out
+    log.filter(pl.col("user_id").is_in(even.implode())).write_parquet(tmp_path / "log.parquet")
+    config = make_config(
+        interactions=str(tmp_path / "log.parquet"),
+        models=("sum", "h2rec"),
+        dropout=0.0,
+        alignment_weight=0.0,
+        granularity_weight=0.0,
+        devices=2,
+        batch_size=16,
+        max_epochs=2,
+    )
     metrics = train_run(config, tmp_path / "run")
     assert capfd.readouterr().out.count("h2rec: best epoch") == 1
+    train_run(config.on_devices(1), tmp_path / "one")
+    for name in config.models:
+        for ours, theirs in zip(
+            *(read_rows(tmp_path / folder / name) for folder in ("run", "one")), strict=True
+        ):
+            assert ours == pytest.approx(theirs, rel=1e-4), name
     split = read_split(config, 60)
     for name in config.models:
         model = load_model(tmp_path / "run", name)[0]
@@ -637,6 +655,14 @@ def test_two_processes(make_config, device, tmp_path, capfd):
             metrics["models"][name]["valid"]["full"]["overall"]["NDCG@10"], abs=1e-6
         )
     assert train_run(config, tmp_path / "run", resume=True) == metrics
+
+
+def test_a_launcher_has_another_number_of_processes(make_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="devices: expected 3, the processes that were started, got 2"):
+        train_run(make_config(devices=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_in_one_of_two_processes(make_config, device, tmp_path):
