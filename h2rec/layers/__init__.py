@@ -7,6 +7,7 @@ from h2rec.layers.harmonized_embedding import HarmonizedEmbedding
 from h2rec.layers.hash_embedding import HashEmbedding
 from h2rec.layers.masked_granularity_loss import MaskedGranularityLoss
 from h2rec.layers.residual_quantizer import ResidualQuantizer
+from h2rec.layers.row_sharded_embedding import RowShardedEmbedding
 from h2rec.layers.semantic_embedding import SemanticEmbedding
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "HashEmbedding",
     "MaskedGranularityLoss",
     "ResidualQuantizer",
+    "RowShardedEmbedding",
     "SemanticEmbedding",
 ]

@@ -57,8 +57,8 @@ class HashEmbedding(nn.Module):
         self.mode = mode
         self._divisor, self._num_items = hashing.divisor, hashing.num_items
         self.register_buffer("hash_constants", hashing.constants)
-        rows_per_item = {"direct": 1, "qr": 2, "multi": num_hashes}[mode]
-        self.table = make_table(num_rows, embedding_dim, rows_per_item, sparse)
+        self.rows_per_item = {"direct": 1, "qr": 2, "multi": num_hashes}[mode]
+        self.table = make_table(num_rows, embedding_dim, self.rows_per_item, sparse)
         if mode == "direct" and self.padding_idx is not None and self.padding_idx < num_rows:
             with torch.no_grad():
                 self.hash_table[self.padding_idx] = 0
