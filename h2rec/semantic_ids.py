@@ -180,34 +180,64 @@ class SemanticIds:
         Raises:
             ValueError: the codebooks are not known, or the vectors are not finite or have another dimension.
         """
-        if self.codebooks is None:
-            raise ValueError("these SemanticIds have no codebooks, so new_vectors cannot be encoded")
-        levels = self.codebooks[:-1] if self.has_counting_level else self.codebooks
-        dim = levels[0].shape[1]
+        codebooks = self.encoding_codebooks
+        dim = codebooks[0].shape[1]
         if beam_size is None:
-            beam_size = int(self.provenance.get("beam_size", 1))
-        new_codes = []
+            beam_size = self.beam_size
+        new_codes = [torch.empty(0, len(codebooks), dtype=torch.int32)]
         for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors"):
             if batch.shape[1] != dim:
                 raise ValueError(
                     f"new_vectors must have dimension {dim}, as the codebooks have, got {batch.shape[1]}"
                 )
-            new_codes.append(ops.residual_quantize(batch.cpu(), levels, beam_size=beam_size)[1])
-        codes = torch.cat([self.codes[:, : len(levels)], *new_codes])
-        codebooks, sizes = self.codebooks, self.codebook_sizes
+            new_codes.append(ops.residual_quantize(batch.cpu(), codebooks, beam_size=beam_size)[1])
+        return self.append_codes(torch.cat(new_codes))
+
+    def append_codes(self, new_codes: Tensor | np.ndarray) -> "SemanticIds":
+        """As :meth:`append`, for new items whose codes are known.
+
+        Args:
+            new_codes: ``[M, L]``, any integer dtype; without the code of a level that numbers the items of a tuple.
+
+        Raises:
+            ValueError: a shape does not fit, or a code lies outside its codebook.
+            TypeError: not integers.
+        """
+        new_codes, codebooks, sizes = _to_codes(new_codes), self.codebooks, self.codebook_sizes
+        num_levels = self.num_levels - self.has_counting_level
+        if new_codes.shape[1] != num_levels:
+            raise ValueError(f"new_codes must have shape [M, {num_levels}], got {list(new_codes.shape)}")
+        codes = torch.cat([self.codes[:, :num_levels], new_codes])
         if self.has_counting_level:
             counts = SemanticIds(codes, codebook_sizes=sizes[:-1]).numbers_within_groups()
             codes = torch.cat([codes, counts.unsqueeze(1)], dim=1)
             size = max(sizes[-1], int(counts.numpy().max(initial=0)) + 1)
             sizes = (*sizes[:-1], size)
-            codebooks = (*levels, torch.zeros(size, levels[0].shape[1]))
-        appended = int(self.provenance.get("appended_items", 0)) + len(codes) - self.num_items
+            if codebooks is not None:
+                codebooks = (*codebooks[:-1], torch.zeros(size, codebooks[0].shape[1]))
+        appended = int(self.provenance.get("appended_items", 0)) + len(new_codes)
         return SemanticIds(
             codes,
             codebook_sizes=sizes,
             codebooks=codebooks,
             provenance=self.provenance | {"appended_items": str(appended)},
         )
+
+    @property
+    def encoding_codebooks(self) -> tuple[Tensor, ...]:
+        """The codebooks of all levels but one that numbers the items of a tuple.
+
+        Raises:
+            ValueError: they are not known.
+        """
+        if self.codebooks is None:
+            raise ValueError("these SemanticIds have no codebooks, so new_vectors cannot be encoded")
+        return self.codebooks[:-1] if self.has_counting_level else self.codebooks
+
+    @property
+    def beam_size(self) -> int:
+        """What provenance says the catalog was encoded with; 1 if it says nothing."""
+        return int(self.provenance.get("beam_size", 1))
 
     @property
     def has_counting_level(self) -> bool:

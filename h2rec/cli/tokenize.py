@@ -231,7 +231,9 @@ def tokenize(
     with _work_in(unfinished) as folder:
         if save_embeddings is not None:
             write_vectors(vectors, save_embeddings)
-        made = append_items(append, vectors) if append is not None else learn(vectors, settings, folder)
+        made = (
+            append_items(append, vectors, folder) if append is not None else learn(vectors, settings, folder)
+        )
         judge(made, reports)
         if made.encoder is not None:
             made.encoder.save(encoder)

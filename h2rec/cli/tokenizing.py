@@ -97,9 +97,12 @@ def learn(vectors: Vectors, settings: Settings, folder: Path) -> Made:
     return Made(sids, to_judge, encoder)
 
 
-def append(path: Path, vectors: Vectors) -> Made:
-    """The published semantic IDs of ``path`` and, after them, those of new items with ``vectors [M, D]``."""
-    from h2rec import SemanticIds
+def append(path: Path, vectors: Vectors, folder: Path) -> Made:
+    """The published semantic IDs of ``path`` and, after them, those of new items with ``vectors [M, D]``.
+
+    What an interrupted call left in ``folder`` is gone on with.
+    """
+    from h2rec import SemanticIds, tokenizers
     from h2rec.tokenizers import RQVAE
 
     published = SemanticIds.load(path)
@@ -112,7 +115,10 @@ def append(path: Path, vectors: Vectors) -> Made:
         encoder = RQVAE.load(encoder_path(path))
         vectors = encoder.latents(vectors)
     with RowProgress() as bars:
-        longer = published.append(bars.reading("codes", vectors, len(vectors)))
+        show = bars.add("codes", len(vectors))
+        longer = tokenizers.append(
+            published, vectors, progress=lambda encoded: show(encoded.done), checkpoint=folder
+        )
         if published.provenance.get("collisions") == "next-best":
             capacity = int(published.provenance["capacity"])
             longer = _move_colliding(longer, vectors, capacity, bars, num_published=published.num_items)

@@ -1,6 +1,7 @@
 """Learning semantic IDs from content vectors, telling them apart, and finding items by them."""
 
 from h2rec.tokenizers._encode import EncodeProgress
+from h2rec.tokenizers.append import append
 from h2rec.tokenizers.checkpoint import remove_checkpoints
 from h2rec.tokenizers.collisions import Resolution, add_level, resolve_collisions
 from h2rec.tokenizers.prefix_trie import PrefixTrie
@@ -21,6 +22,7 @@ __all__ = [
     "Resolution",
     "VectorFile",
     "add_level",
+    "append",
     "open_vectors",
     "quality_report",
     "remove_checkpoints",

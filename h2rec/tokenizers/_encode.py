@@ -84,6 +84,7 @@ def encode(
             )
         done += len(batch)
         if done > resumed:
+            batch = batch.to(codebooks[0].device)
             block = ops.residual_quantize(batch, codebooks, beam_size=beam_size)[1].cpu().numpy().tobytes()
             codes += block
             if checkpoint is not None:

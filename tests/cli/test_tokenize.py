@@ -197,25 +197,31 @@ def large(tmp_path) -> Path:
     return tmp_path / "large.npy"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "stage"), [("rq-kmeans", "fit-"), ("rq-vae", "fit-"), ("rq-kmeans", "codes-")]
-)
-def test_killed_at_any_moment_it_goes_on(large, out, method, stage):
-    """Killed as soon as something of the stage is kept."""
-    options = ["--embeddings", large, "--method", method, "--codebook-size", 64, "--iterations", 6]
-    expected = out.with_name("undisturbed.safetensors")
-    tokenize(*options, "-o", expected)
+def kill_as_soon_as_kept(stage: str, options: list[object], out: Path) -> Path:
+    """Starts the command, kills it when something of the stage is kept, and returns what is."""
     child = subprocess.Popen(
         [*PROGRAM, *map(str, options), "-o", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    folder = out.with_name("sids.safetensors.unfinished")
+    folder = out.with_name(f"{out.name}.unfinished")
     while child.poll() is None and not any(folder.glob(f"{stage}*")):
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert child.returncode == -signal.SIGKILL
     assert not out.exists()
+    (kept,) = folder.glob(f"{stage}*")
+    return kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "stage"), [("rq-kmeans", "fit-"), ("rq-vae", "fit-"), ("rq-kmeans", "codes-")]
+)
+def test_killed_at_any_moment_it_goes_on(large, out, method, stage):
+    options = ["--embeddings", large, "--method", method, "--codebook-size", 64, "--iterations", 6]
+    expected = out.with_name("undisturbed.safetensors")
+    tokenize(*options, "-o", expected)
+    kill_as_soon_as_kept(stage, options, out)
     printed = tokenize(*options, "-o", out)
     assert ("Going on after" in printed) == (stage == "fit-")
     assert SemanticIds.load(out) == SemanticIds.load(expected)
@@ -238,6 +244,24 @@ def test_files_beside_do_not_stop_what_goes_on(vectors, out):
         assert not out.with_name("sids.safetensors.unfinished").exists()
         out.unlink()
         report.unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rq-kmeans", "rq-vae"])
+def test_an_append_that_was_killed_goes_on(vectors, large, out, tmp_path, method):
+    published, expected = tmp_path / "published.safetensors", tmp_path / "undisturbed.safetensors"
+    options = ["--levels", 3, "--codebook-size", 64, "--iterations", 2, "--method", method]
+    tokenize("--embeddings", large, *options, "-o", published)
+    more = ["--append", published, "--embeddings", large]
+    tokenize(*more, "-o", expected)
+    codes = SemanticIds.load(expected).codes
+    kept = kill_as_soon_as_kept("codes-", more, out)
+    # Codes that are kept are not computed again: other ones show.
+    codes[10_000, 0] = (codes[10_000, 0] + 1) % 64
+    kept.write_bytes(codes[10_000:10_001].numpy().tobytes() + kept.read_bytes()[12:])
+    tokenize(*more, "-o", out)
+    assert torch.equal(SemanticIds.load(out).codes, codes)
+    assert [name for name in files_beside(out) if "rq-vae" not in name] == ["sids.safetensors"]
 
 
 def test_control_c_says_how_to_go_on(vectors, out, monkeypatch):
@@ -323,7 +347,7 @@ def test_append_of_another_dimension(vectors, out, tmp_path):
     np.save(tmp_path / "narrow.npy", X[:, :5].numpy())
     longer = out.with_name("longer.safetensors")
     printed = tokenize("--append", out, "--embeddings", tmp_path / "narrow.npy", "-o", longer, fails=True)
-    assert "new_vectors must have dimension 8, as the codebooks have, got 5" in printed
+    assert "vectors must have dimension 8, as the codebooks have, got 5" in printed
     assert files_beside(out) == ["sids.safetensors"]
 
 
