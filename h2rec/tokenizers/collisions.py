@@ -81,7 +81,7 @@ def resolve_collisions(
     prefixes = _prefix_numbers(codes)
     # Prefix by prefix, the nearest first; who may not move, or need not, has a place already.
     order = np.lexsort((items, distances[:, 0], prefixes[items]))
-    items, candidates, distances = items[order], candidates[order], distances[order]
+    items, candidates = items[order], candidates[order]
     settled = np.ones(len(codes), dtype=bool)
     settled[items] = False
     settled = np.flatnonzero(settled)
@@ -99,7 +99,7 @@ def resolve_collisions(
     moved, ranks = items[rows], choices[rows]
     old_codes = last[moved]
     last[moved] = candidates[rows, ranks]
-    added = distances[rows, ranks] - distances[rows, 0]
+    added = distances[order[rows], ranks] - distances[order[rows], 0]
     provenance = sids.provenance | {"collisions": "next-best", "capacity": str(capacity)}
     return Resolution(
         sids=SemanticIds(
@@ -159,34 +159,33 @@ def _candidates(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Crowded items that may move ``[M]``, their nearest last codes ``[M, C]``, the current first, and distances."""
     *before, last = sids.codebooks
-    count = min(num_candidates, len(last))
-    items, candidates = [np.zeros(0, np.int64)], [np.zeros((0, count), np.int32)]
-    distances = [np.zeros((0, count), np.float32)]
-    start = num_published
+    items = num_published + np.flatnonzero(crowded[num_published:])
+    candidates = np.empty((len(items), min(num_candidates, len(last))), dtype=np.int32)
+    distances = np.empty(candidates.shape, dtype=np.float32)
+    start, done = num_published, 0
     for batch in vector_batches(vectors, max(1, _BLOCK_ELEMENTS // len(last))):
         if batch.shape[1] != last.shape[1]:
             raise ValueError(
                 f"vectors must have dimension {last.shape[1]}, as the codebooks have, got {batch.shape[1]}"
             )
-        stop = start + len(batch)
-        chosen = torch.from_numpy(start + np.flatnonzero(crowded[start:stop]))
+        rows = slice(done, int(np.searchsorted(items, start + len(batch))))
+        chosen = torch.from_numpy(items[rows])
         residual = batch.cpu()[chosen - start]
         for level, codebook in enumerate(before):
             residual = residual - codebook[sids.codes[chosen, level].long()]
         squared = torch.cdist(residual, last).square()
         # What an item has comes first, wherever a beam or an earlier move has put it.
         current = sids.codes[chosen, -1:].long()
-        ranked = squared.scatter(1, current, -1).topk(count, dim=1, largest=False).indices
-        items.append(chosen.numpy())
-        candidates.append(ranked.int().numpy())
-        distances.append(squared.gather(1, ranked).numpy())
-        start = stop
+        ranked = squared.scatter(1, current, -1).topk(candidates.shape[1], dim=1, largest=False).indices
+        candidates[rows] = ranked
+        distances[rows] = squared.gather(1, ranked)
+        start, done = start + len(batch), rows.stop
     if start != sids.num_items:
         raise ValueError(
             f"vectors must have {sids.num_items - num_published} rows, one for each item that may move, "
             f"got {start - num_published}"
         )
-    return np.concatenate(items), np.concatenate(candidates), np.concatenate(distances)
+    return items, candidates, distances
 
 
 def _place_items(
