@@ -10,6 +10,16 @@ if not torch.cuda.is_available():
 from h2rec import use_backend
 from h2rec.ops import _backends
 
+try:
+    import hypothesis
+except ImportError:  # tests/integrations does without
+    pass
+else:  # an example may take long on a machine that others use as well
+    hypothesis.settings.register_profile(
+        "h2rec", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("h2rec")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the fixture ``backend`` runs on each backend that can serve its module's ``OPERATOR``."""
