@@ -250,7 +250,6 @@ class Plan:
     def once(self) -> list[Work]:
         """What is done once, or for each batch of users who are served, per device."""
         d, rows = self.dim, self.items / self.gpus
-        vectors = 2 * self.row_bytes  # of an item: hash and semantic half
         return [
             Work(
                 "residual_quantize, all items",
@@ -261,10 +260,11 @@ class Plan:
                 ours=True,
                 dtype="bfloat16",  # 16-bit products find candidates
             ),
-            # codes and rows are read; vectors written and read; scores written, and read by topk
+            # codes and rows are read; levels and hash half written, read, and made one vector of 2 D, which the product
+            # reads; scores are written, and read by topk
             Work(
                 f"exact ranking, {self.batch} users",
-                rows * (4 * self.levels + self.row_bytes + 2 * vectors) + 8.0 * rows * self.batch,
+                rows * (4 * self.levels + (2 * self.levels + 9) * self.row_bytes) + 8.0 * rows * self.batch,
                 products=4.0 * rows * d * self.batch,
                 dtype=self.dtype,
             ),

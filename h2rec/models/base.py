@@ -10,8 +10,9 @@ TABLE_RMS = 0.02
 
 # Numbers that are squared at a time: beside a large table there is no room for its squares.
 _SUM_ELEMENTS = 2**24
-# Items of a large catalog that are computed at a time: with H2Rec's levels about 100 MB.
-_PART_ITEMS = 2**16
+# Items of a catalog that are computed at a time: on a CPU little enough to get the same memory again, on a GPU
+# enough to keep it busy.
+_PART_ITEMS = {"cpu": 2**14, "cuda": 2**18}
 
 
 class Batch(Protocol):
@@ -65,8 +66,9 @@ class SequentialModel(nn.Module):
     def item_vector_parts(self) -> Iterator[Tensor]:
         """The catalog's `item_vectors` in consecutive parts ``[n, C]``, for catalogs too large to have them all."""
         device = next(self.parameters()).device
-        for start in range(0, self.num_items, _PART_ITEMS):
-            stop = min(start + _PART_ITEMS, self.num_items)
+        size = _PART_ITEMS.get(device.type, 2**16)
+        for start in range(0, self.num_items, size):
+            stop = min(start + size, self.num_items)
             yield self.item_vectors(torch.arange(start, stop, device=device))
 
     def training_outputs(

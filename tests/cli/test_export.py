@@ -114,7 +114,7 @@ def test_tables(run, exported):
 
 
 def test_tables_of_many_parts(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["h2rec.models.base"], "_PART_ITEMS", 7)
+    monkeypatch.setattr(sys.modules["h2rec.models.base"], "_PART_ITEMS", {"cpu": 7, "cuda": 7})
     call("export", run, tmp_path / "out", "--model", "semantic")
     model, _, _, _ = load_model(run, "semantic")
     vectors = load_file(tmp_path / "out" / "items.safetensors")["items"]

@@ -54,7 +54,7 @@ def test_the_vectors_of_a_large_catalog_are_never_together(trained, monkeypatch)
     expected = recommend(model, catalog, histories, k=20)
     sizes = []
     item_vectors = model.item_vectors
-    monkeypatch.setattr(sys.modules["h2rec.models.base"], "_PART_ITEMS", 7)
+    monkeypatch.setattr(sys.modules["h2rec.models.base"], "_PART_ITEMS", {"cpu": 7, "cuda": 7})
     monkeypatch.setattr(model, "item_vectors", lambda ids: sizes.append(len(ids)) or item_vectors(ids))
     assert [[r.item for r in user] for user in recommend(model, catalog, histories, k=20)] == [
         [r.item for r in user] for user in expected
