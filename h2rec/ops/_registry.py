@@ -23,22 +23,47 @@ def define(
     Args:
         kernel: computes, on every device; checks arguments and chooses a backend.
         fake: returns outputs of the right shape, dtype and device, from the same check of arguments.
-        setup_context, backward: as in :func:`torch.library.register_autograd`; none for an operator that is
-            itself a backward, or that has no gradient. The backward runs on the backend that its forward was asked for.
+        setup_context, backward: as in :func:`torch.library.register_autograd`, called by position; none for an
+            operator that is itself a backward, or that has no gradient. The backward runs on the backend that its
+            forward was asked for.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"h2rec::{name}", fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.h2rec, name).default
     if backward is not None:
+        _LIBRARY.impl(name, _with_gradient(operator, setup_context, backward), "Autograd", with_keyset=True)
+    return operator
 
-        def setup(ctx, inputs, output) -> None:
+
+def _with_gradient(operator: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """What ``torch.library.register_autograd`` makes, for schemas without defaults.
+
+    It looks for defaults at every call that needs a gradient, which takes longer than a small batch does.
+    """
+
+    def below_autograd(keyset, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs_and_keyset):
+            *inputs, keyset = inputs_and_keyset
+            output = below_autograd(keyset, *inputs)
             ctx.requested_backend = _backends.requested()
             setup_context(ctx, inputs, output)
+            return output
 
-        def backward_there(ctx, *grads):
+        @staticmethod
+        def backward(ctx, *grads):
             with _backends.in_backward_of(ctx.requested_backend):
-                return backward(ctx, *grads)
+                return *backward(ctx, *grads), None
 
-        torch.library.register_autograd(f"h2rec::{name}", backward_there, setup_context=setup, lib=_LIBRARY)
-    return getattr(torch.ops.h2rec, name).default
+    def call(keyset, *inputs):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Function.apply(*inputs, keyset)
+        return below_autograd(keyset, *inputs)
+
+    return call
