@@ -1,10 +1,12 @@
 """K-means on residuals, level by level: codebooks for residual quantization, learned from batches of vectors."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from h2rec.ops import _backends, _cpp
@@ -36,6 +38,7 @@ def fit_codebooks(
     progress: Progress | None = None,
     first: Sequence[Tensor] = (),
     on_level: Callable[[list[Tensor]], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
     """Codebooks by k-means on what the levels before left over.
 
@@ -56,6 +59,8 @@ def fit_codebooks(
         progress: called after each pass with the level, the step and the mean squared distance.
         first: codebooks of the first levels, if these are known: the others become what they would have become.
         on_level: called with the codebooks so far after each level.
+        group: processes that share the work: all call this with the same arguments, vectors included, each forms the
+            sums of its share of the batches, and all get the codebooks that one process would have got.
 
     Returns:
         One ``[K_l, D]`` fp32 tensor per level.
@@ -65,6 +70,10 @@ def fit_codebooks(
         TypeError: vectors can be read only once.
     """
     check_repeatable(vectors)
+    if mini_batch and group is not None:
+        raise ValueError(
+            "mini_batch does not go with group: a batch has to meet the means of those before it"
+        )
     sizes = list(sizes)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes must be positive, one for each level, got {sizes}")
@@ -74,7 +83,7 @@ def fit_codebooks(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= balance < torch.inf:
         raise ValueError(f"balance must be at least 0, got {balance}")
-    residuals = _Residuals(vectors, batch_size)
+    residuals = _Residuals(vectors, batch_size, group)
     if residuals.num_rows < max(sizes):
         raise ValueError(
             f"vectors must have at least as many rows as a level has codewords, {max(sizes)}, got {residuals.num_rows}"
@@ -85,10 +94,15 @@ def fit_codebooks(
     for level, size in enumerate(sizes[len(first) :], len(first)):
         residuals.advance(codebooks)
         generator = torch.Generator().manual_seed(seed * len(sizes) + level)
-        codebook = _start(residuals.sample(size * _SAMPLE_ROWS, generator), size, num_start_steps, generator)
+        sample = residuals.sample(size * _SAMPLE_ROWS, generator)
+        codebook = _start(sample, size, num_start_steps, generator)
+        if group is not None:
+            dist.broadcast(codebook, group=group, group_src=0)
+        largest = sample.abs().max().item()
+        bounds = residuals.num_rows * largest, residuals.num_rows * sample.shape[1] * largest**2
         prices, previous = None, None
         for index in range(num_start_steps, num_iters):
-            codebook, counts, error = step(residuals.batches(), codebook, prices)
+            codebook, counts, error = step(residuals.own_batches(), codebook, prices, bounds, group)
             if progress is not None:
                 progress(level, index, error)
             if balance:
@@ -109,8 +123,11 @@ def fit_codebooks(
 class _Residuals:
     """What the levels so far leave of the vectors: kept if these are in memory, else formed again from their codes."""
 
-    def __init__(self, vectors: VectorSource, batch_size: int) -> None:
-        self.vectors, self.batch_size = vectors, batch_size
+    def __init__(
+        self, vectors: VectorSource, batch_size: int, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.vectors, self.batch_size, self.group = vectors, batch_size, group
+        self.share = slice(None) if group is None else slice(group.rank(), None, group.size())
         self.codebooks: list[Tensor] = []
         self.codes: list[Tensor] = []  # of a stream: [N] int32 for each codebook
         in_memory = isinstance(vectors, Tensor) or (
@@ -125,17 +142,23 @@ class _Residuals:
         else:
             self.num_rows = sum(len(batch) for batch in vector_batches(vectors, batch_size))
 
-    def batches(self) -> Iterator[Tensor]:
+    def batches(self, share: slice = slice(None)) -> Iterator[Tensor]:
+        """Those whose numbers are in ``share``."""
         if self.kept is not None:
-            yield from self.kept.split(self.batch_size)
+            yield from self.kept.split(self.batch_size)[share]
             return
-        start = 0
-        for batch in vector_batches(self.vectors, self.batch_size):
-            rows = slice(start, start + len(batch))
+        wanted = range(-(-self.num_rows // self.batch_size))[share]
+        for number, batch in enumerate(vector_batches(self.vectors, self.batch_size)):
+            if number not in wanted:
+                continue
+            rows = slice(number * self.batch_size, number * self.batch_size + len(batch))
             for codebook, codes in zip(self.codebooks, self.codes, strict=True):
                 batch = batch - codebook[codes[rows].to(batch.device)]
             yield batch
-            start = rows.stop
+
+    def own_batches(self) -> Iterator[Tensor]:
+        """Of this process; a batch is what it is whoever has it."""
+        return self.batches(self.share)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """At most ``count`` different rows, in their order."""
@@ -246,17 +269,23 @@ def _nearest(rows: Tensor, codebook: Tensor, prices: Tensor | None = None) -> Te
 
 
 def _lloyd_step(
-    batches: Iterable[Tensor], codebook: Tensor, prices: Tensor | None = None
+    batches: Iterable[Tensor],
+    codebook: Tensor,
+    prices: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """The means of the vectors of each codeword, how many these are, and their mean squared distance to the old."""
-    total = _Sums(codebook)
+    total = _Sums(codebook, bounds)
     for batch in batches:
         total.add(batch, _nearest(batch, codebook, prices))
+    if group is not None:
+        total.all_reduce(group)
     return total.means(codebook), total.counts, total.error(codebook)
 
 
 def _mini_batch_step(
-    batches: Iterable[Tensor], codebook: Tensor, prices: Tensor | None = None
+    batches: Iterable[Tensor], codebook: Tensor, prices: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, float]:
     """Like :func:`_lloyd_step`, but each batch meets the means of those before it."""
     total, error, num_rows = _Sums(codebook), 0.0, 0
@@ -277,18 +306,33 @@ def _means(rows: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
 
 
 class _Sums:
-    """What k-means needs to know of the vectors of each codeword: number, sum, sum of squared norms."""
+    """What k-means needs to know of the vectors of each codeword: number, sum, sum of squared norms.
 
-    def __init__(self, codebook: Tensor) -> None:
+    Args:
+        bounds: what no sum of entries, and none of squared norms, exceeds. A batch's sums are then rounded to what
+            fp64 resolves there, so that adding them rounds no more: neither the order of batches makes a difference
+            nor who has them. (If a bound is wrong, it may; the sums are as good.)
+    """
+
+    def __init__(self, codebook: Tensor, bounds: tuple[float, float] | None = None) -> None:
         size, dim = codebook.shape
         self.counts = torch.zeros(size, dtype=torch.int64, device=codebook.device)
         self.sums = torch.zeros(size, dim, dtype=torch.float64, device=codebook.device)
         self.squares = torch.zeros(size, dtype=torch.float64, device=codebook.device)
+        self.bounds = bounds
 
     def add(self, rows: Tensor, codes: Tensor) -> None:
         self.counts += torch.bincount(codes, minlength=len(self.counts))
-        self.sums += self._by_code(rows, codes)
-        self.squares += self._by_code(torch.linalg.vecdot(rows, rows).unsqueeze(1), codes).squeeze(1)
+        sums = self._by_code(rows, codes)
+        squares = self._by_code(torch.linalg.vecdot(rows, rows).unsqueeze(1), codes).squeeze(1)
+        if self.bounds is not None:
+            sums, squares = map(_round_below, (sums, squares), self.bounds)
+        self.sums += sums
+        self.squares += squares
+
+    def all_reduce(self, group: dist.ProcessGroup) -> None:
+        for part in (self.counts, self.sums, self.squares):
+            dist.all_reduce(part, group=group)
 
     def merge(self, other: "_Sums") -> None:
         self.counts += other.counts
@@ -319,3 +363,9 @@ class _Sums:
         signs = 1 - 2.0 * (torch.arange(means.shape[1], device=means.device) % 2)
         beside = means[split] + _SPLIT_DISTANCE * spread[split].unsqueeze(1) * signs
         return torch.where(empty, beside, means)
+
+
+def _round_below(values: Tensor, bound: float) -> Tensor:
+    """fp64 multiples of what fp64 resolves at ``bound``."""
+    shift = 1.5 * 2.0 ** math.ceil(math.log2(max(bound, 1e-30)))
+    return values.double().add_(shift).sub_(shift)

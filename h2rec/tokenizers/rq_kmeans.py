@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from h2rec.ops.kmeans import Progress, fit_codebooks
 from h2rec.ops.vector_batches import VectorSource
@@ -51,10 +52,12 @@ class RQKMeans:
         vectors: VectorSource,
         progress: Progress | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        group: ProcessGroup | None = None,
     ) -> "RQKMeans":
         """Learns the codebooks; arguments and errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`.
 
         Args:
+            group: processes that share the work, each with the same vectors, and get the same codebooks as one.
             checkpoint: a folder, where each level is kept when it is done. Called again with the same settings and
                 vectors after an interruption, ``fit`` goes on there, and ends where it would have ended.
         """
@@ -71,7 +74,8 @@ class RQKMeans:
             balance=self.balance,
             progress=progress,
             first=kept.load_list() if kept else (),
-            on_level=kept.save_list if kept else None,
+            on_level=kept.save_list if kept and (group is None or group.rank() == 0) else None,
+            group=group,
         )
         return self
 

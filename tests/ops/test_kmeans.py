@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from h2rec.ops.kmeans import _leading_directions, _lloyd_step, _nearest, fit_codebooks
+from h2rec.ops.kmeans import _leading_directions, _lloyd_step, _nearest, _Sums, fit_codebooks
 
 
 def clustered(num_rows=500, num_clusters=8, dim=5, spread=0.01, seed=0):
@@ -170,3 +170,29 @@ def test_the_input_is_left_alone():
 def test_bad_input(x, sizes, options, message):
     with pytest.raises(ValueError, match=message):
         fit_codebooks(x, sizes, **options)
+
+
+def test_sums_are_the_same_in_any_order_of_batches():
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randn(40, 16, 5, generator=generator) * torch.logspace(-7, 7, 40)[:, None, None]
+    codebook = torch.randn(3, 5, generator=generator)
+    largest = batches.abs().max().item()
+
+    def sums(order, bounds):
+        total = _Sums(codebook, bounds)
+        for batch in batches[order]:
+            total.add(batch, _nearest(batch, codebook))
+        return total.sums, total.squares
+
+    rows, order = 40 * 16, torch.randperm(40, generator=generator)
+    bounds = rows * largest, rows * 5 * largest**2
+    for here, there, plain, unbounded in zip(
+        sums(torch.arange(40), bounds),
+        sums(order, bounds),
+        sums(order, None),
+        sums(torch.arange(40), None),
+        strict=True,
+    ):
+        assert torch.equal(here, there)
+        assert not torch.equal(plain, unbounded)  # what would come of them otherwise
+        torch.testing.assert_close(here, plain, rtol=1e-9, atol=1e-9 * plain.abs().max().item())
