@@ -14,9 +14,10 @@ from h2rec.ops import _backends
 B, T, L, K, D, NUM_ITEMS = 3, 4, 3, 6, 8, 20
 
 
-def make_sids() -> SemanticIds:
-    codes = torch.randint(0, K, (NUM_ITEMS, L), generator=torch.Generator().manual_seed(0))
-    return SemanticIds(codes, codebook_sizes=(K,) * L)
+def make_sids(sizes: tuple[int, ...] = (K,) * L) -> SemanticIds:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randint(0, size, (NUM_ITEMS,), generator=generator) for size in sizes], 1)
+    return SemanticIds(codes, codebook_sizes=sizes)
 
 
 def item_ids(generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -41,6 +42,9 @@ LAYERS = {
         lambda: layers.HashEmbedding(NUM_ITEMS, D, mode="multi", num_buckets=7), item_ids, LOOKUP
     ),
     "SemanticEmbedding": Layer(lambda: layers.SemanticEmbedding(make_sids(), D), item_ids, LOOKUP),
+    "SemanticEmbedding ragged": Layer(
+        lambda: layers.SemanticEmbedding(make_sids((3, K, 5)), D, pooling="mean"), item_ids, LOOKUP
+    ),
     "SemanticEmbedding prefix": Layer(
         lambda: layers.SemanticEmbedding(make_sids(), D, pooling="prefix", num_buckets=9), item_ids, LOOKUP
     ),
@@ -48,7 +52,15 @@ LAYERS = {
     "HarmonizedEmbedding gate": Layer(
         lambda: layers.HarmonizedEmbedding(make_sids(), D, fusion="gate"), item_ids, LOOKUP
     ),
+    "HarmonizedEmbedding none": Layer(
+        lambda: layers.HarmonizedEmbedding(make_sids(), D, fusion="none", pooling="levels", mode="qr"),
+        item_ids,
+        LOOKUP,
+    ),
     "ResidualQuantizer": Layer(lambda: layers.ResidualQuantizer(D, L, K), vectors((B, T, D)), QUANTIZE),
+    "ResidualQuantizer ragged": Layer(
+        lambda: layers.ResidualQuantizer(D, L, (K, 3, 2)), vectors((B, T, D)), QUANTIZE
+    ),
     "GranularityCrossAttention": Layer(
         lambda: layers.GranularityCrossAttention(D, L), vectors((B, T, L, D), (B, T, D))
     ),
