@@ -57,7 +57,8 @@ def harmonized_embedding(
         ``(semantic, hashed)`` with ``hashed [*, D_h]`` and None for a half that is left out; or with ``combine`` one
         tensor. Sums are taken in fp32 (fp64 for fp64). Gradients of the codebooks and of the table are the same bits
         in every run. On a GPU items with an id out of range give NaN instead of an error, unless
-        ``H2REC_CHECK_VALUES=1``.
+        ``H2REC_CHECK_VALUES=1``; and there an incoming gradient that is not finite may make NaN of the gradients of
+        other codewords too.
 
     Raises:
         ValueError: a shape or an option is wrong, or an id is out of range.
