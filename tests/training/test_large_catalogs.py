@@ -32,7 +32,7 @@ NUM_ITEMS, DIM = 4001, 16
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
     monkeypatch.setattr(config, "LARGE_CATALOG", 1)
-    monkeypatch.setattr(base, "_PART_ITEMS", 200)
+    monkeypatch.setattr(base, "_PART_ITEMS", {"cpu": 200, "cuda": 200})
     monkeypatch.setattr(base, "_SUM_ELEMENTS", 1000)
     monkeypatch.setattr(_tables, "_PART_ROWS", 300)
     monkeypatch.setattr(tiled_ranks, "_TILE", {"cpu": (16, 64), "cuda": (16, 64)})
