@@ -192,13 +192,14 @@ class Plan:
         logits = self.aligned_items**2
         masked = 12 * (self.layers - 1) + 4 if levels > 1 else 0
         masked_attention = 2 * (self.layers - 1) if levels > 1 else 0
+        zeros = 0 if self.sparse else 2 * self.items / self.gpus * row  # a dense gradient of each lookup
         work = [
             # ids, codes, rows of the table, outputs: levels and hashed
             Work("harmonized_embedding", found * (8 + 4 * levels + row + (levels + 1) * row)),
             # cotangents; four passes of a sort of 12-byte keys and places, then each run is read: levels and table
             Work(
                 "  its backward",
-                found * (levels + 1) * (96 + 8 + row) + self.codebook_parameters * size + found * row,
+                found * (levels + 1) * (96 + 8 + row) + self.codebook_parameters * size + found * row + zeros,
             ),
             # both directions, rows first and columns second; ids and codes compared, exponentials
             Work(

@@ -56,12 +56,13 @@ def export_user_encoder(model: SequentialModel, path: Path) -> ExportedProgram:
     example = torch.zeros(2, min(2, model.max_length), dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     batch = Dim("B", min=1)
     length = Dim("T", min=1, max=model.max_length) if model.max_length > 1 else None
-    with warnings.catch_warnings(), writing(path):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what torch.export itself does to a GRU, and its pickled tree
         program = torch.export.export(
             encoder, example, dynamic_shapes={"item_ids": {0: batch, 1: length}, "lengths": {0: batch}}
         ).run_decompositions({torch.ops.h2rec.harmonized_embedding.default: reference.harmonized_embedding})
-        torch.export.save(program, path)
+        with writing(path):
+            torch.export.save(program, path)
     return program
 
 
