@@ -155,8 +155,9 @@ static inline void add_products(__m512i& sums, __m512i codewords, __m512i row) {
   for (std::int64_t p = 0; p < level.num_panels; ++p) {
     __m512i sums[kRows][kColumns];
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {  // without sign, for the bytes of a row that is not finite may have any sum
-      sums[r][0] = sums[r][1] = _mm512_set1_epi32(static_cast<std::int32_t>(-128u * static_cast<std::uint32_t>(rounded[r].sum)));
+    for (int r = 0; r < kRows; ++r) {
+      const std::uint32_t sum = rounded[r].sum;  // without sign, for that of a row that is not finite may be any number
+      sums[r][0] = sums[r][1] = _mm512_set1_epi32(static_cast<std::int32_t>(-128 * sum));
     }
     const std::int32_t* row = reinterpret_cast<const std::int32_t*>(tile.bytes);
     for (std::int64_t g = 0; g < groups; ++g, ++row, panel += kColumns) {
