@@ -135,7 +135,7 @@ def endless(options: list[object], run: Path) -> list[str]:
 
 
 def wait_for_training(run: Path) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while not (run / "sum" / "metrics.csv").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
