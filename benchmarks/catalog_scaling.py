@@ -26,13 +26,14 @@ from lightning.pytorch.callbacks import Callback
 
 from h2rec import SemanticIds
 from h2rec._files import replacing
-from h2rec.data import InteractionLog, ItemCatalog, Split, co_occurrence, leave_one_out
+from h2rec.data import InteractionLog, ItemCatalog, Split, leave_one_out
 from h2rec.models import build_model
 from h2rec.tokenizers import RQKMeans, open_vectors
 from h2rec.training import TrainConfig
 from h2rec.training.files import write_json
 from h2rec.training.module import Recommender
 from h2rec.training.progress import quiet_lightning
+from h2rec.training.related_items import RelatedItems
 
 from ._machine import describe_machine
 from .generated_catalog import Popularity, count, sequence_pieces
@@ -87,10 +88,15 @@ def steps(num_items: int, model: str, dim: int, number: int) -> dict[str, Any]:
     codes = np.random.default_rng(0).integers(0, 256, (num_items, 4), dtype=np.int32)
     sids = SemanticIds(codes, codebook_sizes=(256,) * 4)
     split = long_sequences(num_items)
-    pairs = co_occurrence(split) if model == "h2rec" else None
     torch.manual_seed(0)
     settings = config.model_settings(model)
-    module = Recommender(model, build_model(model, sids, sparse=True, **settings), config, split, pairs)
+    module = Recommender(
+        model,
+        build_model(model, sids, sparse=True, **settings),
+        config,
+        split,
+        related_items=RelatedItems(sids) if config.smoothing_of(model) else None,
+    )
     times = StepTimes()
     with quiet_lightning():
         lightning.Trainer(

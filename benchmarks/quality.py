@@ -44,12 +44,13 @@ class Variant(NamedTuple):
 
 BASELINES = {name: Variant(name) for name in ("hash", "llminit", "semantic", "sum", "mean", "concat")}
 ABLATIONS = {
-    "h2rec-no-alignment": Variant("h2rec", {"alignment_weight": 0.0}),
-    "h2rec-no-co-occurrence": Variant("h2rec", {"co_occurrence": False}),
-    "h2rec-no-granularity": Variant("h2rec", {"granularity_weight": 0.0}),
-    "h2rec-no-residual": Variant("h2rec", {"residual": False}),
+    "h2rec-no-smoothing": Variant("h2rec", {"target_smoothing": 0.0}),
+    "h2rec-one-branch": Variant("sum", {"target_smoothing": 0.3}),
     "h2rec-one-backbone": Variant("h2rec", {"share_backbone": True}),
     "h2rec-random-start": Variant("h2rec", {"embeddings": None}),
+    "h2rec-attention": Variant("h2rec", {"mixing": "residual_attention"}),
+    "h2rec-alignment": Variant("h2rec", {"alignment_weight": 0.1}),
+    "h2rec-granularity": Variant("h2rec", {"mixing": "residual_attention", "granularity_weight": 0.1}),
 }
 VARIANTS = {
     **BASELINES,

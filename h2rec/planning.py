@@ -93,6 +93,8 @@ class Work:
 class Plan:
     """Training of H2Rec (SASRec backbones, sampled softmax) with the rows of the table shared out over the devices.
 
+    With all that H2Rec has: residual attention and both alignments. Its default, without them, does less.
+
     Args:
         items: N; the hash table has a row for each.
         dim: D.

@@ -51,7 +51,15 @@ def make(planned: Plan, num_items: int = 150) -> tuple[H2Rec, SequenceBatch]:
     torch.manual_seed(0)
     codes = torch.randint(planned.codebook, (num_items, planned.levels))
     sids = SemanticIds(codes, codebook_sizes=(planned.codebook,) * planned.levels)
-    model = H2Rec(sids, dim=planned.dim, num_layers=planned.layers, max_length=planned.length)
+    model = H2Rec(
+        sids,
+        dim=planned.dim,
+        num_layers=planned.layers,
+        max_length=planned.length,
+        mixing="residual_attention",
+        alignment_weight=0.1,
+        granularity_weight=0.1,
+    )
     items = torch.randint(num_items, (planned.batch, planned.length + 1))
     lengths = torch.full((planned.batch,), planned.length)
     users = torch.arange(planned.batch)

@@ -44,7 +44,7 @@ def run(data, output, *arguments):
             "--output",
             str(output),
             "--models",
-            "hash,h2rec,h2rec-no-granularity",
+            "hash,h2rec,h2rec-no-smoothing",
             *settings,
             *arguments,
         ]
@@ -71,7 +71,7 @@ def test_killed_cells_are_made_again_and_finished_ones_kept(data, tmp_path, monk
     assert (output / "cells" / "shop.hash.0.json").read_bytes() == before
     assert {path.name for path in (output / "cells").iterdir()} == {
         f"shop.{model}.0.{kind}"
-        for model in ("hash", "h2rec", "h2rec-no-granularity")
+        for model in ("hash", "h2rec", "h2rec-no-smoothing")
         for kind in ("json", "npz")
     }
     assert "3 cells, 1 of them finished before" in capsys.readouterr().out

@@ -124,16 +124,27 @@ def train(
     dropout: Annotated[
         float | None, typer.Option(rich_help_panel=_MODEL, show_default="0.2", help="Dropout.")
     ] = None,
+    mixing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_MODEL,
+            show_default="sum",
+            help="How H2Rec's branches meet: sum, attention (the paper's) or residual_attention.",
+        ),
+    ] = None,
     alignment_weight: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=_MODEL, show_default="0.1", help="H2Rec's alignment of items; 0 leaves it out."
+            rich_help_panel=_MODEL, show_default="0.0", help="H2Rec's alignment of items; 0 leaves it out."
         ),
     ] = None,
     granularity_weight: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=_MODEL, show_default="0.1", help="H2Rec's alignment of users; 0 leaves it out."
+            rich_help_panel=_MODEL,
+            show_default="0.0",
+            help="H2Rec's alignment of users, with attention; 0 leaves it out.",
         ),
     ] = None,
     loss: Annotated[
@@ -152,6 +163,14 @@ def train(
             rich_help_panel=_TRAINING,
             show_default="1 for bce, 1024 for sampled_softmax",
             help="Negatives of bce (per position) and sampled_softmax (per batch).",
+        ),
+    ] = None,
+    target_smoothing: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_TRAINING,
+            show_default="0.3 for h2rec, 0 for the others",
+            help="Share of a target's weight that goes to items whose semantic IDs start alike.",
         ),
     ] = None,
     table_optimizer: Annotated[

@@ -1,7 +1,7 @@
 """H2Rec: two branches over hash and semantic IDs, aligned for items and for users."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from h2rec.layers import (
     AlignmentLoss,
@@ -14,23 +14,32 @@ from h2rec.models.backbones import CausalAttention, PositionedInput, make_backbo
 from h2rec.models.base import Batch, CoOccurrence, SequentialModel, scale_tables
 from h2rec.semantic_ids import SemanticIds
 
+MIXINGS = ("sum", "attention", "residual_attention")
+
 
 class H2Rec(SequentialModel):
     """Dual-branch recommender: <[u_hash; u_sid], [e_hash(item); e_sid(item)]>.
 
-    - Hash branch: each level of the semantic IDs attends to the hash sequence, a gate per position mixes
-      the levels (`GranularityCrossAttention`), then a backbone gives u_hash.
-    - Semantic branch: the hash sequence attends to the fused levels (`GranularityFusion`), then a backbone
-      gives u_sid.
+    Each branch has a backbone of its own and meets the other's IDs before it, in one of two ways (``mixing``):
+
+    - ``"sum"``: both backbones read e_hash + e_sid, the sum of an item's vectors.
+    - ``"attention"``, the paper's: each level of the semantic IDs attends to the hash sequence, a gate per position
+      mixes the levels (`GranularityCrossAttention`), then a backbone gives u_hash. The hash sequence attends to the
+      fused levels (`GranularityFusion`), then a backbone gives u_sid.
+    - ``"residual_attention"``: the same, each branch's own sequence added to the output of its attention.
+
+    What can bring the two together in training:
+
     - ``losses["alignment"]``: `AlignmentLoss` between the hash and semantic vectors of the batch's distinct
       target items.
     - ``losses["granularity"]``: `MaskedGranularityLoss` between the user vectors of the last position with
       and without the levels that the gate weighs least; both sequences are mixed with the last position's
-      gate and go through the semantic branch's backbone.
+      gate and go through the semantic branch's backbone. Only attention has that gate.
 
     Source: arXiv 2512.10388. The paper's values, as its authors ran it, where they differ from the defaults:
-    ``residual=False, share_backbone=True, fusion="mean", min_shared_codes=num_levels, max_length=200`` and
-    co-occurrence pairs in the alignment.
+    ``mixing="attention", share_backbone=True, fusion="mean", alignment_weight=0.1, min_shared_codes=num_levels,
+    granularity_weight=0.1, max_length=200`` and co-occurrence pairs in the alignment.
+    The defaults are what ranked best in ``docs/results.md``.
 
     Args:
         sids: semantic IDs of the catalog.
@@ -39,14 +48,15 @@ class H2Rec(SequentialModel):
         num_layers, num_heads, dropout: of the backbones; heads and dropout also of the cross attentions.
         max_length: longest sequence.
         fusion: how the levels make e_sid: ``"sum"``, ``"mean"`` or ``"adaptive"``.
-        residual: adds each branch's own sequence to the output of its cross attention.
+        mixing: ``"sum"``, ``"attention"`` or ``"residual_attention"``, see above.
         share_backbone: one backbone for both branches.
         alignment_weight, alignment_temperature: of the alignment; weight 0 leaves it out.
         min_shared_codes: items are positives of each other if so many of their codes agree. None: all levels
             but one (of a single level, that one).
         max_aligned_items: a batch with more distinct targets is aligned on a random subset of this size,
             because the loss is quadratic in it.
-        granularity_weight: of the masked granularity loss; 0, or a single level, leaves it out.
+        granularity_weight: of the masked granularity loss; 0, or a single level, leaves it out. Must be 0 with
+            ``mixing="sum"``.
         sparse: sparse gradients for the hash table, for `torch.optim.SparseAdam`.
 
     Raises:
@@ -64,13 +74,13 @@ class H2Rec(SequentialModel):
         max_length: int = 50,
         dropout: float = 0.2,
         fusion: str = "sum",
-        residual: bool = True,
+        mixing: str = "sum",
         share_backbone: bool = False,
-        alignment_weight: float = 0.1,
+        alignment_weight: float = 0.0,
         alignment_temperature: float = 0.5,
         min_shared_codes: int | None = None,
         max_aligned_items: int = 1024,
-        granularity_weight: float = 0.1,
+        granularity_weight: float = 0.0,
         sparse: bool = False,
     ) -> None:
         super().__init__(sids.num_items, max_length)
@@ -85,18 +95,31 @@ class H2Rec(SequentialModel):
             raise ValueError(f"min_shared_codes must lie in 1 .. {num_levels}, got {min_shared_codes}")
         if max_aligned_items < 1:
             raise ValueError(f"max_aligned_items must be at least 1, got {max_aligned_items}")
-        self.residual = residual
+        if mixing not in MIXINGS:
+            raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {mixing!r}")
+        if granularity_weight > 0 and mixing == "sum":
+            raise ValueError(
+                f"granularity_weight must be 0 with mixing='sum', which has no gate, got {granularity_weight}"
+            )
+        self.mixing = mixing
         self.alignment_weight = alignment_weight
         self.granularity_weight = granularity_weight
         self.max_aligned_items = max_aligned_items
 
+        # Where nobody asks for the levels one by one, the lookup adds them up.
+        fuse = GranularityFusion(dim, num_levels, fusion)
+        is_pooled = mixing == "sum" and fusion != "adaptive"
+        self.fusion = nn.Identity() if is_pooled else fuse
+        pooling = fusion if is_pooled else "levels"
         self.embedding = HarmonizedEmbedding(
-            sids, dim, fusion="none", pooling="levels", padding_idx=sids.num_items, sparse=sparse
+            sids, dim, fusion="none", pooling=pooling, padding_idx=sids.num_items, sparse=sparse
         )
-        self.fusion = GranularityFusion(dim, num_levels, fusion)
         self.input = PositionedInput(dim, max_length, dropout)
-        self.hash_attention = GranularityCrossAttention(dim, num_levels, num_heads=num_heads, dropout=dropout)
-        self.semantic_attention = CausalAttention(dim, num_heads)
+        if mixing != "sum":
+            self.hash_attention = GranularityCrossAttention(
+                dim, num_levels, num_heads=num_heads, dropout=dropout
+            )
+            self.semantic_attention = CausalAttention(dim, num_heads)
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "dropout": dropout}
         self.hash_backbone = make_backbone(backbone, dim, **sizes)
         self.semantic_backbone = (
@@ -135,7 +158,7 @@ class H2Rec(SequentialModel):
         sequence_levels, aligned_levels = levels.tensor_split((num_positions,))
         sequence_hashed, aligned_hashed = hashed.tensor_split((num_positions,))
 
-        users, inputs, gates = self._branches(
+        users, level_input, gates = self._branches(
             sequence_levels.unflatten(0, sequence_shape), sequence_hashed.unflatten(0, sequence_shape)
         )
         losses = {}
@@ -143,21 +166,24 @@ class H2Rec(SequentialModel):
             loss = self._align(aligned, aligned_hashed, aligned_levels, co_occurrence)
             losses["alignment"] = self.alignment_weight * loss
         if self.masked_granularity is not None:
-            loss = self._masked_granularity(inputs, gates, batch.lengths)
+            loss = self._masked_granularity(level_input, gates, batch.lengths)
             losses["granularity"] = self.granularity_weight * loss
         return users, losses
 
-    def _branches(self, levels: Tensor, hashed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, L, D], [B, T, D] -> users [B, T, 2 D], positioned levels [B, T, L, D], gates [B, T, L]"""
-        hash_input = self.input(hashed)
-        level_input = self.input(levels)
-        semantic_input = self.input(self.fusion(levels))
-
-        hash_sequence, gates = self.hash_attention(level_input, hash_input)
-        semantic_sequence = self.semantic_attention(hash_input, semantic_input)
-        if self.residual:
-            hash_sequence = hash_sequence + hash_input
-            semantic_sequence = semantic_sequence + semantic_input
+    def _branches(self, levels: Tensor, hashed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, T, L, D], [B, T, D] -> users [B, T, 2 D], and of attention: inputs [B, T, L, D] and gates [B, T, L]"""
+        level_input, gates = None, None
+        semantic = self.fusion(levels)
+        if self.mixing == "sum":
+            both = hashed + semantic
+            hash_sequence, semantic_sequence = self.input(both), self.input(both)
+        else:
+            hash_input, level_input, semantic_input = map(self.input, (hashed, levels, semantic))
+            hash_sequence, gates = self.hash_attention(level_input, hash_input)
+            semantic_sequence = self.semantic_attention(hash_input, semantic_input)
+            if self.mixing == "residual_attention":
+                hash_sequence = hash_sequence + hash_input
+                semantic_sequence = semantic_sequence + semantic_input
         users = torch.cat(
             (self.hash_backbone(hash_sequence), self.semantic_backbone(semantic_sequence)), dim=-1
         )

@@ -13,12 +13,14 @@ from typing import Any
 # keeps a number per row, and items are ranked in tiles. (A dense step of Adam on 500,000 x 64 moves 0.9 GB.)
 LARGE_CATALOG = 500_000
 _EVAL_USERS = 10_000
+_H2REC_SMOOTHING = 0.3
 
 LOSSES = ("auto", "full_softmax", "sampled_softmax", "bce")
 MODELS = ("hash", "llminit", "semantic", "sum", "mean", "concat", "h2rec")
 DEFAULT_MODELS = ("hash", "semantic", "sum", "h2rec")
 BACKBONES = ("sasrec", "gru4rec", "bert4rec")
 FUSIONS = ("sum", "mean", "adaptive")
+MIXINGS = ("sum", "attention", "residual_attention")
 TABLE_OPTIMIZERS = ("auto", "adamw", "rowwise_adagrad")
 ACCELERATORS = ("auto", "cpu", "gpu")
 # How the authors of arXiv 2512.10388 ran it, where that is not the default.
@@ -28,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_length": 200,
         "dropout": 0.5,
         "fusion": "mean",
-        "residual": False,
+        "mixing": "attention",
         "share_backbone": True,
         "alignment_weight": 0.1,
         "alignment_temperature": 0.5,
@@ -36,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "co_occurrence": True,
         "granularity_weight": 0.1,
         "loss": "bce",
+        "target_smoothing": 0.0,
         "num_negatives": 1,
         "batch_size": 128,
         "learning_rate": 1e-3,
@@ -49,7 +52,7 @@ PATHS = ("interactions", "sids", "items", "embeddings")
 _COMMON_SETTINGS = ("dim", "backbone", "num_layers", "num_heads", "max_length", "dropout")
 _H2REC_SETTINGS = (
     "fusion",
-    "residual",
+    "mixing",
     "share_backbone",
     "alignment_weight",
     "alignment_temperature",
@@ -76,13 +79,15 @@ class TrainConfig:
         backbone: of every model: ``"sasrec"``, ``"gru4rec"`` or ``"bert4rec"``.
         dim, num_layers, num_heads, dropout, max_length: size of every model; sequences keep their latest
             ``max_length`` items.
-        fusion, residual, share_backbone, alignment_weight, alignment_temperature, min_shared_codes,
+        fusion, mixing, share_backbone, alignment_weight, alignment_temperature, min_shared_codes,
             granularity_weight: of `h2rec.models.H2Rec`, which explains them.
         co_occurrence: items that occur near each other in training are positives of H2Rec's alignment.
         loss: ``"full_softmax"`` over the catalog, ``"sampled_softmax"``, ``"bce"`` (the paper's), or ``"auto"``:
             full up to `h2rec.training.losses.FULL_SOFTMAX_MAX_ITEMS` items, sampled beyond.
         num_negatives: per position for ``"bce"`` (default 1); shared by the whole batch for ``"sampled_softmax"``
             (default 1024).
+        target_smoothing: share of a target's weight in the loss that goes to an item whose semantic ID starts with the
+            same codes (`h2rec.training.losses.target_smoothing`); None: 0.3 for ``h2rec``, 0 for the others.
         batch_size: users per step and process.
         learning_rate, weight_decay: of AdamW.
         table_optimizer: of the hash table: ``"adamw"``, or ``"rowwise_adagrad"``, which updates the rows of the batch
@@ -120,16 +125,17 @@ class TrainConfig:
     dropout: float = 0.2
     max_length: int = 50
     fusion: str = "sum"
-    residual: bool = True
+    mixing: str = "sum"
     share_backbone: bool = False
-    alignment_weight: float = 0.1
+    alignment_weight: float = 0.0
     alignment_temperature: float = 0.5
     min_shared_codes: int | None = None
     co_occurrence: bool = True
-    granularity_weight: float = 0.1
+    granularity_weight: float = 0.0
 
     loss: str = "auto"
     num_negatives: int | None = None
+    target_smoothing: float | None = None
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -184,13 +190,21 @@ class TrainConfig:
         for name in ("weight_decay", "alignment_weight", "granularity_weight"):
             self._check_number(name, minimum=0.0)
         self._check_number("dropout", minimum=0.0, below=1.0)
+        if self.target_smoothing is not None:
+            self._check_number("target_smoothing", minimum=0.0, below=1.0)
 
         _check_choice("loss", self.loss, LOSSES)
         _check_choice("table_optimizer", self.table_optimizer, TABLE_OPTIMIZERS)
         _check_choice("accelerator", self.accelerator, ACCELERATORS)
         _check_choice("backbone", self.backbone, BACKBONES)
         _check_choice("fusion", self.fusion, FUSIONS)
-        for name in ("residual", "share_backbone", "co_occurrence", "mask_history"):
+        _check_choice("mixing", self.mixing, MIXINGS)
+        if self.granularity_weight > 0 and self.mixing == "sum":
+            raise ValueError(
+                "granularity_weight: expected 0.0 with mixing 'sum', which has no gate that could weigh the levels, "
+                f"got {self.granularity_weight}"
+            )
+        for name in ("share_backbone", "co_occurrence", "mask_history"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
 
@@ -315,6 +329,12 @@ class TrainConfig:
         if self.table_optimizer == "auto":
             return is_large(num_items)
         return self.table_optimizer == "rowwise_adagrad"
+
+    def smoothing_of(self, model: str) -> float:
+        """The target smoothing of one of the models."""
+        if self.target_smoothing is None:
+            return _H2REC_SMOOTHING if model == "h2rec" else 0.0
+        return self.target_smoothing
 
     def num_eval_users(self, num_items: int) -> int | None:
         """How many users are ranked at most; None: all."""

@@ -83,7 +83,8 @@ def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
     content = None
     if config.embeddings is not None:
         content = torch.from_numpy(read_embeddings(config.embeddings, num_items=sids.num_items))
-    pairs = co_occurrence(split) if "h2rec" in config.models and config.co_occurrence else None
+    is_aligned = "h2rec" in config.models and config.alignment_weight > 0
+    pairs = co_occurrence(split) if is_aligned and config.co_occurrence else None
     users = eval_users(config, split)
     return Inputs(split, sids, content, pairs, users, _ranking_negatives(config, split, users))
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from h2rec.data import CoOccurrence, EvalBatches, SequenceBatch, Split, TrainBatches
@@ -22,11 +23,16 @@ from h2rec.training.losses import (
     full_softmax,
     resolve_loss,
     sampled_softmax,
+    target_smoothing,
 )
+from h2rec.training.related_items import RelatedItems
 from h2rec.training.shared_negatives import SharedNegatives
 from h2rec.training.tiled_ranks import sweep_progress
 
 MONITOR = "valid_NDCG@10"
+
+# Drawn for each target where the vectors of the whole catalog are at hand; elsewhere one.
+_RELATED_ITEMS = 8
 
 _CONFIG_KEY = "h2rec_config"
 _MODEL_KEY = "h2rec_model"
@@ -71,6 +77,7 @@ class Recommender(lightning.LightningModule):
         model: what is trained.
         config: how; its ``devices`` are the processes.
         split: its training part is trained on, its validation part validated on.
+        related_items: where target smoothing finds them.
         co_occurrence: from the training part, for the models that align items.
         eval_users: those who are ranked in validation, see `Ranker`.
 
@@ -85,6 +92,8 @@ class Recommender(lightning.LightningModule):
         model: SequentialModel,
         config: TrainConfig,
         split: Split,
+        *,
+        related_items: RelatedItems | None = None,
         co_occurrence: CoOccurrence | None = None,
         eval_users: np.ndarray | None = None,
     ) -> None:
@@ -93,9 +102,11 @@ class Recommender(lightning.LightningModule):
         self.model = model
         self.config = config
         self.split = split
+        self.related_items = related_items
         self.co_occurrence = co_occurrence
         self.eval_users = eval_users
         self.loss_name = resolve_loss(config.loss, model.num_items)
+        self.smoothing = config.smoothing_of(name)
         self._train_batches: TrainBatches | None = None
         self._shared_negatives: SharedNegatives | None = None
         self._ranker: Ranker | None = None
@@ -142,6 +153,8 @@ class Recommender(lightning.LightningModule):
         if self.loss_name == "sampled_softmax":
             count = self.config.num_negatives or SHARED_NEGATIVES
             self._shared_negatives = SharedNegatives(self.split, count, self.device)
+        if self.smoothing:
+            self.related_items.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self._train_batches.set_epoch(self.current_epoch)
@@ -150,10 +163,11 @@ class Recommender(lightning.LightningModule):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         users, auxiliary = self.model.training_outputs(batch, self.co_occurrence)
-        next_item = self._next_item_loss(users, batch)
+        next_item = self._next_item_losses(users, batch)
         if self.trainer.world_size > 1:
-            next_item = next_item * self._share(batch)
-        parts = {"next_item": next_item, **auxiliary}
+            share = self._share(batch)
+            next_item = {name: loss * share for name, loss in next_item.items()}
+        parts = {**next_item, **auxiliary}
         loss = sum(parts.values())
         if batch_idx % _CHECK_EVERY.get(loss.device.type, 1) == 0:
             self._check_finite(parts, batch_idx, batch, users)
@@ -181,11 +195,30 @@ class Recommender(lightning.LightningModule):
         torch.distributed.all_reduce(total)
         return own * self.trainer.world_size / total
 
-    def _next_item_loss(self, users: Tensor, batch: SequenceBatch) -> Tensor:
+    def _next_item_losses(self, users: Tensor, batch: SequenceBatch) -> dict[str, Tensor]:
         is_position = batch.targets != self.model.padding_idx  # [B, T]
         users, targets = users[is_position], batch.targets[is_position]  # [M, C], [M]
-        if self.loss_name == "full_softmax":
-            return full_softmax(users, self.model.item_vectors(), targets)
+        catalog = self.model.item_vectors() if self.loss_name == "full_softmax" else None  # [N, C]
+        losses = {"next_item": self._next_item_loss(users, targets, batch, is_position, catalog)}
+        if self.smoothing:
+            related = self.related_items.draw(targets, 1 if catalog is None else _RELATED_ITEMS)
+            ids = torch.cat([targets[:, None], related], dim=1)  # [M, 1 + n]
+            vectors = self.model.item_vectors(ids) if catalog is None else F.embedding(ids, catalog)
+            losses["smoothing"] = target_smoothing(
+                users, vectors[:, 0], vectors[:, 1:], self.smoothing, logistic=self.loss_name == "bce"
+            )
+        return losses
+
+    def _next_item_loss(
+        self,
+        users: Tensor,
+        targets: Tensor,
+        batch: SequenceBatch,
+        is_position: Tensor,
+        catalog: Tensor | None,
+    ) -> Tensor:
+        if catalog is not None:
+            return full_softmax(users, catalog, targets)
         if self.loss_name == "bce":
             negatives = batch.negatives[is_position]  # [M, n]
             vectors = self.model.item_vectors(torch.cat([targets[:, None], negatives], dim=1))

@@ -38,6 +38,7 @@ from h2rec.training.processes import (
     train_in_processes,
 )
 from h2rec.training.progress import progress_callback, quiet_lightning, say
+from h2rec.training.related_items import RelatedItems
 from h2rec.training.report import write_report
 from h2rec.training.tiled_ranks import sweep_progress
 
@@ -212,7 +213,15 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
     torch.manual_seed(config.seed)
     model = _build(name, config, inputs.sids, inputs.content)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    module = Recommender(name, model, config, inputs.split, inputs.co_occurrence, inputs.eval_users)
+    module = Recommender(
+        name,
+        model,
+        config,
+        inputs.split,
+        related_items=RelatedItems(inputs.sids, inputs.content) if config.smoothing_of(name) else None,
+        co_occurrence=inputs.co_occurrence,
+        eval_users=inputs.eval_users,
+    )
     record = EpochRecord(folder, config.patience)
     say(f"{name}: {parameters:,} parameters, {module.loss_name} loss")
 

@@ -102,7 +102,7 @@ def test_help_of_train_shows_the_defaults_of_the_config():
     shown = {option.name: option.show_default for option in options if isinstance(option.show_default, str)}
     for in_words in (
         *("preset", "order_column", "num_negatives", "mask_history"),
-        *("steps_per_epoch", "eval_users"),
+        *("target_smoothing", "steps_per_epoch", "eval_users"),
     ):
         del shown[in_words]
     config = TrainConfig(interactions="log.csv", sids="sids.safetensors")
@@ -208,7 +208,7 @@ def test_evaluate_by_other_rules(trained, tmp_path):
     assert "without the user's history" in printed
     again = json.loads(output.read_text())
     assert list(again["models"]) == ["hash"]
-    assert again["ranking"] == {"history_masked": True, "negatives": 5, "seed": 0}
+    assert again["ranking"] == {"history_masked": True, "negatives": 5, "seed": 0, "users": None}
     assert "--force overwrites it" in call("evaluate", run, "-o", output, fails=True)
     assert "expected one of the run's models" in call("evaluate", run, "--models", "sum", fails=True)
 

@@ -1,6 +1,7 @@
 """What holds for every model alike."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -17,21 +18,27 @@ NUM_ITEMS = 40
 SMALL = {"dim": 8, "max_length": 10}
 
 
+# Of H2Rec; the default leaves them out.
+ALL_PARTS = {"mixing": "residual_attention", "alignment_weight": 0.1, "granularity_weight": 0.1}
+
+
 @pytest.fixture
 def sids():
     generator = torch.Generator().manual_seed(0)
     return SemanticIds(torch.randint(6, (NUM_ITEMS, 4), generator=generator), codebook_sizes=(6, 6, 6, 6))
 
 
-@pytest.fixture(params=MODELS)
-def name(request):
-    return request.param
+@pytest.fixture(params=[*MODELS, "h2rec with all parts"])
+def build(request, sids, device):
+    """Builds one of the models."""
+    settings = {**SMALL, **(ALL_PARTS if request.param.endswith("parts") else {})}
+    return functools.partial(build_model, request.param.partition(" ")[0], sids, **settings)
 
 
 @pytest.fixture
-def model(name, sids, device):
+def model(build, device):
     torch.manual_seed(0)
-    model = build_model(name, sids, **SMALL)
+    model = build()
     with torch.no_grad():  # the small start would hide differences below the tests' tolerance
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -56,11 +63,12 @@ def make_batch(device):
     return make
 
 
-def test_shapes(name, model, make_batch):
+def test_shapes(model, make_batch):
     batch = make_batch()
     users = model.encode(batch.item_ids, batch.lengths)
     items = model.item_vectors()
-    width = 16 if name in ("h2rec", "concat") else 8
+    is_wide = isinstance(model, H2Rec) or getattr(model.embedding, "fusion", None) == "concat"
+    width = 16 if is_wide else 8
     assert users.shape == (3, 7, width)
     assert items.shape == (NUM_ITEMS, width)
     assert model.item_vectors(batch.item_ids).shape == (3, 7, width)
@@ -101,10 +109,14 @@ def test_later_positions_get_no_gradient(model, device):
 
 
 @pytest.mark.parametrize("backbone", ["gru4rec", "bert4rec"])
-@pytest.mark.parametrize("name", ["sum", "h2rec"])
-def test_other_backbones_are_causal_too(name, backbone, sids, device, make_batch):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("sum", {}), ("h2rec", {}), ("h2rec", ALL_PARTS)],
+    ids=["sum", "h2rec", "all parts"],
+)
+def test_other_backbones_are_causal_too(name, settings, backbone, sids, device, make_batch):
     torch.manual_seed(0)
-    model = build_model(name, sids, backbone=backbone, **SMALL).to(device).eval()
+    model = build_model(name, sids, backbone=backbone, **settings, **SMALL).to(device).eval()
     backbones = {"sum": ["backbone"], "h2rec": ["hash_backbone", "semantic_backbone"]}[name]
     assert {type(getattr(model, attribute)) for attribute in backbones} == {BACKBONES[backbone]}
     test_later_items_change_nothing(model, make_batch)
@@ -136,7 +148,8 @@ def test_training_outputs_are_encode_and_finite_losses(model, make_batch):
     batch = make_batch()
     users, losses = model.training_outputs(batch)
     torch.testing.assert_close(users, model.encode(batch.item_ids, batch.lengths))
-    assert set(losses) == ({"alignment", "granularity"} if isinstance(model, H2Rec) else set())
+    has_all_parts = getattr(model, "mixing", "sum") == "residual_attention"
+    assert set(losses) == ({"alignment", "granularity"} if has_all_parts else set())
     for loss in losses.values():
         assert loss.shape == ()
         assert torch.isfinite(loss)
@@ -153,7 +166,7 @@ def test_every_parameter_gets_a_gradient(model, make_batch):
             assert (parameter.grad != 0).any(), name
 
 
-@pytest.mark.parametrize("name", ["hash", "sum", "h2rec"], indirect=True)
+@pytest.mark.parametrize("name", ["hash", "sum", "h2rec"])
 def test_tables_train_inside_the_backward_pass(name, sids, make_batch, device):
     torch.manual_seed(0)
     model = build_model(name, sids, sparse=True, dropout=0.0, **SMALL).to(device)
@@ -187,9 +200,9 @@ def test_first_logits_are_small(sids, device, make_batch):
         assert logits.std() > 0.01, name
 
 
-def test_state_dict_and_deepcopy(name, model, sids, device, make_batch):
+def test_state_dict_and_deepcopy(build, model, device, make_batch):
     model.eval()
-    other = build_model(name, sids, **SMALL).to(device).eval()
+    other = build().to(device).eval()
     other.load_state_dict(model.state_dict())
     batch = make_batch()
     for twin in (other, copy.deepcopy(model)):

@@ -31,15 +31,16 @@ CHANGED = {
     "dropout": 0.5,
     "max_length": 20,
     "fusion": "mean",
-    "residual": False,
+    "mixing": "attention",
     "share_backbone": True,
     "alignment_weight": 0.2,
     "alignment_temperature": 0.1,
     "min_shared_codes": 2,
     "co_occurrence": False,
-    "granularity_weight": 0.0,
+    "granularity_weight": 0.1,
     "loss": "bce",
     "num_negatives": 7,
+    "target_smoothing": 0.2,
     "batch_size": 64,
     "learning_rate": 0.01,
     "weight_decay": 0.1,
@@ -165,10 +166,18 @@ def test_refuses_what_is_no_config(text, message):
             for value in ("1", True, None)
         ),
         ("dropout", 1.0, ValueError, "dropout: expected a number at least 0.0 and below 1.0, got 1.0"),
+        (
+            "target_smoothing",
+            1.0,
+            ValueError,
+            "target_smoothing: expected a number at least 0.0 and below 1.0",
+        ),
+        ("mixing", "gate", ValueError, "mixing: expected one of 'sum', 'attention', 'residual_attention'"),
+        ("granularity_weight", 0.1, ValueError, "granularity_weight: expected 0.0 with mixing 'sum'"),
         ("dropout", -0.1, ValueError, "dropout: expected a number at least 0.0 and below 1.0, got -0.1"),
         *(
             (name, 1, TypeError, f"{name}: expected true or false, got 1")
-            for name in ("residual", "share_backbone", "co_occurrence", "mask_history")
+            for name in ("share_backbone", "co_occurrence", "mask_history")
         ),
     ],
 )
@@ -211,11 +220,12 @@ def test_another_number_of_processes():
 
 
 def test_preset_is_what_the_paper_says():
-    """arXiv 2512.10388, as its authors ran it: BCE with one negative, no residual, one backbone for both branches."""
+    """arXiv 2512.10388, as its authors ran it: BCE with one negative, attention, one backbone for both branches."""
     paper = make(**config.PRESETS["paper"])
     assert (paper.dim, paper.num_layers, paper.num_heads, paper.max_length) == (64, 2, 1, 200)
     assert (paper.loss, paper.num_negatives, paper.batch_size, paper.patience) == ("bce", 1, 128, 20)
-    assert (paper.fusion, paper.residual, paper.share_backbone) == ("mean", False, True)
+    assert (paper.fusion, paper.mixing, paper.share_backbone) == ("mean", "attention", True)
+    assert paper.smoothing_of("h2rec") == 0
     assert (paper.alignment_weight, paper.alignment_temperature, paper.granularity_weight) == (0.1, 0.5, 0.1)
 
 
@@ -242,6 +252,17 @@ def test_models_take_every_backbone(name, files):
     for model in ("sum", "h2rec"):
         build_model(model, sids, backbone=name)
     assert tuple(BACKBONES) == config.BACKBONES
+
+
+def test_h2rec_smooths_its_targets():
+    assert [make().smoothing_of(name) for name in ("hash", "sum", "h2rec")] == [0, 0, 0.3]
+    assert [make(target_smoothing=0.1).smoothing_of(name) for name in ("hash", "h2rec")] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize("name", config.MIXINGS)
+def test_h2rec_takes_every_mixing(name, make_config, files):
+    settings = make_config(mixing=name).model_settings("h2rec")
+    assert H2Rec(SemanticIds.load(files / "sids.safetensors"), **settings).mixing == name
 
 
 @pytest.mark.parametrize("name", config.FUSIONS)

@@ -19,6 +19,7 @@ from h2rec.training import (
     load_model,
     rank_users,
     read_split,
+    related_items,
     run,
     tiled_ranks,
     train_run,
@@ -32,6 +33,7 @@ NUM_ITEMS, DIM = 4001, 16
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
     monkeypatch.setattr(config, "LARGE_CATALOG", 1)
+    monkeypatch.setattr(related_items, "FULL_SOFTMAX_MAX_ITEMS", 1)
     monkeypatch.setattr(base, "_PART_ITEMS", {"cpu": 200, "cuda": 200})
     monkeypatch.setattr(base, "_SUM_ELEMENTS", 1000)
     monkeypatch.setattr(_tables, "_PART_ROWS", 300)

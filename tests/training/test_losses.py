@@ -8,6 +8,7 @@ from h2rec.training.losses import (
     full_softmax,
     resolve_loss,
     sampled_softmax,
+    target_smoothing,
 )
 
 M, N, C = 23, 31, 5
@@ -120,6 +121,29 @@ def test_full_softmax_passes_gradcheck(generator):
     targets = torch.tensor([3, 0, 3])
     vectors = random(generator, 3, C).requires_grad_(), random(generator, 4, C).requires_grad_()
     assert torch.autograd.gradcheck(lambda users, items: full_softmax(users, items, targets), vectors)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "logistic"])
+def test_target_smoothing_gives_related_items_a_share(loss, generator, device):
+    items, *related = (torch.randint(N, (M,), generator=generator) for _ in range(3))
+    negatives = random(generator, M, 3, C)
+
+    def next_item(users, catalog, targets):
+        if loss == "softmax":
+            return full_softmax(users, catalog, targets.to(users.device))
+        return binary_cross_entropy(users, catalog[targets], negatives.to(users))
+
+    def ours(users, catalog):
+        smoothing = target_smoothing(
+            users, catalog[items], catalog[torch.stack(related, 1)], 0.3, logistic=loss == "logistic"
+        )
+        return next_item(users, catalog, items) + smoothing
+
+    def oracle(users, catalog):
+        of_related = sum(next_item(users, catalog, ids) for ids in related)
+        return 0.7 * next_item(users, catalog, items) + 0.15 * of_related
+
+    check(ours, oracle, (random(generator, M, C), random(generator, N, C)), device)
 
 
 def test_resolve_loss():

@@ -108,7 +108,7 @@ def test_epochs(name, finished_run):
     rows = read_rows(finished_run / name)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     assert {"train_loss", "train_next_item", "valid_NDCG@10", "valid_HR@10"} <= rows[0].keys()
-    assert ("train_alignment" in rows[0]) == ("train_granularity" in rows[0]) == (name == "h2rec")
+    assert ("train_smoothing" in rows[0]) == (name == "h2rec")
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     parts = [value for part, value in rows[0].items() if part.startswith("train_") and part != "train_loss"]
     assert sum(parts) == pytest.approx(rows[0]["train_loss"], rel=1e-5)
@@ -570,7 +570,7 @@ train_run(config, run, resume=(run / "config.json").exists())
 """
 
 
-@pytest.mark.parametrize(("limit", "file"), [(1000, "items.parquet"), (20_000, "hash/checkpoints/last.ckpt")])
+@pytest.mark.parametrize(("limit", "file"), [(500, "config.json"), (20_000, "hash/checkpoints/last.ckpt")])
 def test_a_full_disk(limit, file, make_config, tmp_path):
     """The kernel refuses what goes beyond a small size of a file, as it would on a full disk."""
     config = make_config(models=("hash",), max_epochs=2)
@@ -629,8 +629,7 @@ def test_two_processes(make_config, device, tmp_path, capfd):
         interactions=str(tmp_path / "log.parquet"),
         models=("sum", "h2rec"),
         dropout=0.0,
-        alignment_weight=0.0,
-        granularity_weight=0.0,
+        target_smoothing=0.0,
         devices=2,
         batch_size=16,
         max_epochs=2,
