@@ -32,7 +32,7 @@ def fit_codebooks(
     *,
     num_iters: int = 25,
     seed: int = 0,
-    batch_size: int = 16_384,
+    batch_size: int = 4096,
     mini_batch: bool = False,
     balance: float = 0.0,
     progress: Progress | None = None,

@@ -37,7 +37,7 @@ class ProductQuantizer:
         *,
         num_iters: int = 25,
         seed: int = 0,
-        batch_size: int = 16_384,
+        batch_size: int = 4096,
     ) -> None:
         self.codebook_sizes = level_sizes(num_parts, codebook_size, "num_parts")
         self.num_iters = num_iters

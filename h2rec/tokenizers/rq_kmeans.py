@@ -35,7 +35,7 @@ class RQKMeans:
         *,
         num_iters: int = 25,
         seed: int = 0,
-        batch_size: int = 16_384,
+        batch_size: int = 4096,
         mini_batch: bool = False,
         balance: float = 0.0,
     ) -> None:

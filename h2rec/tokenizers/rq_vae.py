@@ -139,7 +139,7 @@ class RQVAE(nn.Module):
         return packed.split(self.codebook_sizes)
 
     @torch.no_grad()
-    def start_codebooks(self, vectors: VectorSource, *, batch_size: int = 16_384) -> None:
+    def start_codebooks(self, vectors: VectorSource, *, batch_size: int = 4096) -> None:
         """Starts the codebooks from k-means on the latent vectors; in a distributed run from those of rank 0.
 
         Raises:
