@@ -83,6 +83,8 @@ def significance(cells: Sequence[dict[str, Any]], folder: Path) -> str:
     groups = by_variant(cells)
     if CHAMPION not in groups:
         return ""
+    if len({cell_ranks(cell, folder)["users"].tobytes() for cell in cells}) > 1:
+        return "No significance: with `eval_users` each seed ranks other users.\n"
     head = ("h2rec against", *(f"{ranking} {s}" for ranking in ("full", "sampled") for s in SLICES))
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for variant in groups:

@@ -44,7 +44,7 @@ _WARM_UP = 3
 
 
 def tokenizing(num_items: int, vectors: Path) -> dict[str, Any]:
-    """Seconds of the first rows of a file: to learn two codebooks, and to encode."""
+    """Seconds to learn two codebooks from a file of so many vectors, and to encode it."""
     source = open_vectors(vectors)
     if len(source) != num_items:
         raise ValueError(f"{vectors}: expected {num_items} rows, got {len(source)}")

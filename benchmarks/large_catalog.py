@@ -3,7 +3,8 @@
     python -m benchmarks.large_catalog runs/10M --items 10M
 
 A phase that is finished is not run again; the table is written to ``phases.md`` in the folder after each one. Memory is
-the peak of what was resident, mapped files included, as the kernel counts it.
+the peak of what was resident, mapped files included, as the kernel counts it. Of training that was killed and goes on,
+what is measured is the rest.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from benchmarks import quality
-from benchmarks._quality_report import paired_bootstrap
+from benchmarks._quality_report import paired_bootstrap, significance
 
 TINY = ("dim=8", "num_layers=1", "max_epochs=1", "max_length=6", "ranking_negatives=10", "accelerator=cpu")
 
@@ -153,6 +153,21 @@ def test_bootstrap_of_noise_is_rarely_significant():
         values.append(paired_bootstrap(*pair)[3])
     assert 0 <= np.mean(np.array(values) < 0.05) < 0.15
     assert 0.3 < np.mean(values) < 0.7
+
+
+@pytest.mark.parametrize("of_seed_1", [[1, 4, 6], [1, 4, 7]])
+def test_only_ranks_of_the_same_users_are_paired(of_seed_1, tmp_path):
+    cells = [{"data": "shop", "variant": v, "seed": s} for v in ("hash", "h2rec") for s in (0, 1)]
+    for cell in cells:
+        np.savez(
+            tmp_path / f"shop.{cell['variant']}.{cell['seed']}.npz",
+            users=np.array(of_seed_1 if cell["seed"] else [1, 4, 6], dtype=np.int32),
+            full=np.array([1.0, 3.0, 30.0]),
+            sampled=np.array([1.0, 2.0, 9.0]),
+            is_head=np.array([True, False, False]),
+        )
+    is_said = "p = " in significance(cells, tmp_path)
+    assert is_said == (of_seed_1 == [1, 4, 6])
 
 
 def test_bootstrap_ends():

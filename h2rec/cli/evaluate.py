@@ -34,7 +34,7 @@ def evaluate(
             "--users",
             min=1,
             show_default="as in training",
-            help="How many users, drawn by the seed, are ranked.",
+            help="How many users, drawn by the run's seed, are ranked.",
         ),
     ] = None,
     mask_history: Annotated[

@@ -170,7 +170,7 @@ def train(
         typer.Option(
             rich_help_panel=_TRAINING,
             show_default="0.3 for h2rec, 0 for the others",
-            help="Share of a target's weight that goes to items whose semantic IDs start alike.",
+            help="Share of a target's weight that goes to items of its kind: alike in content or semantic ID.",
         ),
     ] = None,
     table_optimizer: Annotated[

@@ -20,7 +20,7 @@ MIXINGS = ("sum", "attention", "residual_attention")
 class H2Rec(SequentialModel):
     """Dual-branch recommender: <[u_hash; u_sid], [e_hash(item); e_sid(item)]>.
 
-    Each branch has a backbone of its own and meets the other's IDs before it, in one of two ways (``mixing``):
+    Each branch has a backbone of its own and meets the other's IDs before it, in one of three ways (``mixing``):
 
     - ``"sum"``: both backbones read e_hash + e_sid, the sum of an item's vectors.
     - ``"attention"``, the paper's: each level of the semantic IDs attends to the hash sequence, a gate per position
@@ -57,7 +57,7 @@ class H2Rec(SequentialModel):
             because the loss is quadratic in it.
         granularity_weight: of the masked granularity loss; 0, or a single level, leaves it out. Must be 0 with
             ``mixing="sum"``.
-        sparse: sparse gradients for the hash table, for `torch.optim.SparseAdam`.
+        sparse: sparse gradients for the hash table, for `h2rec.optim.RowwiseAdagrad` or `torch.optim.SparseAdam`.
 
     Raises:
         ValueError: a parameter out of its range.

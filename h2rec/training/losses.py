@@ -1,4 +1,4 @@
-"""Next-item losses; every model trains with the same ones.
+"""Next-item losses; every model trains with the same one, to which H2Rec by default adds `target_smoothing`.
 
 All of them take the user vectors of the valid positions only, gathered to ``[M, C]``: a batch of sequences is mostly
 padding, and a row of padding costs as much as a row of data.

@@ -15,7 +15,7 @@ _GROUP_SIZE = 5
 
 
 class RelatedItems:
-    """Draws for an item one of its kind, uniformly.
+    """Draws for an item others of its kind, uniformly.
 
     With content vectors these are the ten nearest items (by cosine). Without, or in a catalog too large to compare
     all pairs, the catalog is divided into groups by semantic IDs: an item belongs to the longest prefix that at
