@@ -171,7 +171,8 @@ class H2Rec(SequentialModel):
         return users, losses
 
     def _branches(self, levels: Tensor, hashed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[B, T, L, D], [B, T, D] -> users [B, T, 2 D], and of attention: inputs [B, T, L, D] and gates [B, T, L]"""
+        """Levels [B, T, L, D], or [B, T, D] where the lookup adds them up, and hash vectors [B, T, D] ->
+        users [B, T, 2 D], and of attention: inputs [B, T, L, D] and gates [B, T, L]."""
         level_input, gates = None, None
         semantic = self.fusion(levels)
         if self.mixing == "sum":

@@ -1,6 +1,6 @@
 """How well held-out items are ranked: overall, for head and tail, and by band of training popularity.
 
-The rules are fixed (design.md 6): a rank counts half of the ties; the full ranking is over the whole catalog and keeps
+The rules are fixed: a rank counts half of the ties; the full ranking is over the whole catalog and keeps
 the user's earlier items in it unless asked otherwise; sampled negatives are drawn once per seed, outside the user's
 whole sequence.
 """
