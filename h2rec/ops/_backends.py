@@ -178,11 +178,12 @@ def requested() -> str | None:
 @contextlib.contextmanager
 def in_backward_of(forward_requested: str | None) -> Iterator[None]:
     """Operators of the block, in this thread, run where the forward was asked to, if nothing else is asked for now."""
+    before = getattr(_of_forward, "requested", None)
     _of_forward.requested = forward_requested
     try:
         yield
     finally:
-        _of_forward.requested = None
+        _of_forward.requested = before
 
 
 def _check_name(argument: str, name: str) -> str:

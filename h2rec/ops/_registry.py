@@ -9,6 +9,9 @@ from h2rec.ops import _backends
 # A Library that goes out of scope takes its operators with it.
 _LIBRARY = torch.library.Library("h2rec", "DEF")
 
+# Of torch._C: what _with_gradient calls.
+_PRIVATE_NAMES = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
+
 
 def define(
     schema: str,
@@ -33,14 +36,37 @@ def define(
     torch.library.register_fake(f"h2rec::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.h2rec, name).default
     if backward is not None:
-        _LIBRARY.impl(name, _with_gradient(operator, setup_context, backward), "Autograd", with_keyset=True)
+        setup_context, backward = _on_one_backend(setup_context, backward)
+        if hasattr(operator, "redispatch") and all(hasattr(torch._C, private) for private in _PRIVATE_NAMES):
+            _LIBRARY.impl(
+                name, _with_gradient(operator, setup_context, backward), "Autograd", with_keyset=True
+            )
+        else:
+            torch.library.register_autograd(
+                f"h2rec::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+            )
     return operator
+
+
+def _on_one_backend(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """Both, so that the backward runs on the backend that its forward was asked for."""
+
+    def setup_with_backend(ctx, inputs, output):
+        ctx.requested_backend = _backends.requested()
+        setup_context(ctx, inputs, output)
+
+    def backward_on_backend(ctx, *grads):
+        with _backends.in_backward_of(ctx.requested_backend):
+            return backward(ctx, *grads)
+
+    return setup_with_backend, backward_on_backend
 
 
 def _with_gradient(operator: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """What ``torch.library.register_autograd`` makes, for schemas without defaults.
 
-    It looks for defaults at every call that needs a gradient, which takes longer than a small batch does.
+    It looks for defaults at every call that needs a gradient, which takes longer than a small batch does. Where torch
+    lacks one of the private names, :func:`define` calls it all the same.
     """
 
     def below_autograd(keyset, *inputs):
@@ -52,14 +78,12 @@ def _with_gradient(operator: Callable, setup_context: Callable, backward: Callab
         def forward(ctx, *inputs_and_keyset):
             *inputs, keyset = inputs_and_keyset
             output = below_autograd(keyset, *inputs)
-            ctx.requested_backend = _backends.requested()
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx, *grads):
-            with _backends.in_backward_of(ctx.requested_backend):
-                return *backward(ctx, *grads), None
+            return *backward(ctx, *grads), None
 
     def call(keyset, *inputs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):

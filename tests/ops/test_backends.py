@@ -3,7 +3,7 @@ import torch
 
 import h2rec
 from h2rec import ops
-from h2rec.ops import _backends
+from h2rec.ops import _backends, _registry
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,39 @@ def test_backward_runs_where_its_forward_was_asked_to(operator, run, monkeypatch
         (backward, None),
         (backward, "cuda"),
     ]
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["private names", "public way"])
+def test_an_operator_is_differentiated_with_and_without_private_names_of_torch(private, monkeypatch):
+    if not private:
+        monkeypatch.setattr(_registry, "_PRIVATE_NAMES", ("_not_in_this_torch",))
+    asked = []
+
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    def backward(ctx, grad):
+        asked.append(getattr(_backends._of_forward, "requested", None))
+        return grad * ctx.factor, None
+
+    with torch.library._scoped_library("h2rec", "FRAGMENT") as library:
+        monkeypatch.setattr(_registry, "_LIBRARY", library)
+        scale = _registry.define(
+            "scale(Tensor x, float factor) -> Tensor",
+            lambda x, factor: x * factor,
+            lambda x, factor: torch.empty_like(x),
+            setup_context=setup_context,
+            backward=backward,
+        )
+        x = torch.ones(3, requires_grad=True)
+        with h2rec.use_backend("reference"):
+            y = scale(x, 2.5)
+        assert ("GeneratedBackwardFor" in y.grad_fn.name()) != private
+        y.sum().backward()
+        scale(x, 1.0).sum().backward()
+        assert torch.equal(x.grad, torch.full((3,), 3.5))
+        assert asked == ["reference", None]
+        assert scale(x.detach(), 2.5).grad_fn is None
 
 
 def test_unknown_backend():
