@@ -58,8 +58,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     temporary, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
+
+    def put_back() -> None:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+
     try:
         with writing(path):
+            put_back()  # a killed process was about to replace it
             for left in (temporary, old):
                 if left.exists():
                     shutil.rmtree(left)
@@ -73,6 +79,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 os.replace(path, old)
             os.replace(temporary, path)
     finally:
+        put_back()
         for left in (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -67,13 +67,15 @@ def export_user_encoder(model: SequentialModel, path: Path) -> ExportedProgram:
 
 
 def check_compiler() -> None:
-    """Refuses ``aot`` where its C++ cannot be compiled.
+    """Refuses ``aot`` where its C++ cannot be compiled, if this torch can tell beforehand.
 
     Raises:
         ValueError: no C++ compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:  # a private name
+        return
     try:
         get_cpp_compiler()
     except RuntimeError as error:

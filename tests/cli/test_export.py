@@ -1,6 +1,7 @@
 """``h2rec export``: what is written serves in a process that has no h2rec."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from h2rec import SemanticIds
+from h2rec._files import replacing_folder
 from h2rec.cli.app import app
 from h2rec.training import export as export_module
 from h2rec.training import load_model
 from h2rec.training.recommend import item_history, recommend
+from h2rec.training.user_encoder import check_compiler
 
 NUM_ITEMS = 30
 FILES = ["export.json", "items.safetensors", "sids.parquet", "sids.safetensors", "user_encoder.pt2"]
@@ -179,6 +182,31 @@ def test_what_fails_or_was_killed_leaves_no_export(run, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_stays_until_another_has_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if source.name == ".out.partial":
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        with (
+            pytest.raises(OSError, match="out: cannot be written: Input/output error"),
+            replacing_folder(out),
+        ):
+            pass
+    assert list(tmp_path.rglob("*")) == [out, out / "old"]
+    os.replace(out, tmp_path / ".out.old")  # as a process leaves it that is killed between two renamings
+    with pytest.raises(KeyboardInterrupt), replacing_folder(out):
+        raise KeyboardInterrupt
+    assert list(tmp_path.rglob("*")) == [out, out / "old"]
+
+
 def test_refuses(run, tmp_path, monkeypatch):
     assert "expected one of the run's models" in call(
         "export", run, tmp_path / "o", "--model", "sum", fails=True
@@ -190,3 +218,5 @@ def test_refuses(run, tmp_path, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-such-compiler"),))
     assert "aot: expected a C++ compiler" in call("export", run, tmp_path / "o", "--aot", fails=True)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(sys.modules, "torch._inductor.cpp_builder", None)
+    check_compiler()  # where torch cannot tell, compiling will
