@@ -3,8 +3,8 @@
 import os
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from h2rec.ops.kmeans import Progress, fit_codebooks
 from h2rec.ops.vector_batches import VectorSource
@@ -52,18 +52,24 @@ class RQKMeans:
         vectors: VectorSource,
         progress: Progress | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
-        group: ProcessGroup | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> "RQKMeans":
         """Learns the codebooks; arguments and errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`.
 
         Args:
             group: processes that share the work, each with the same vectors, and get the same codebooks as one.
             checkpoint: a folder, where each level is kept when it is done. Called again with the same settings and
-                vectors after an interruption, ``fit`` goes on there, and ends where it would have ended.
+                vectors after an interruption, ``fit`` goes on there, and ends where it would have ended. Of a group
+                the first process has it.
         """
-        kept = None
-        if checkpoint is not None:
+        kept, first = None, []
+        if checkpoint is not None and (group is None or group.rank() == 0):
             kept = Checkpoint(checkpoint, "fit", [self._settings(), self.batch_size], vectors)
+            first = kept.load_list()
+        if group is not None:
+            shared = [first]
+            dist.broadcast_object_list(shared, group=group, group_src=0)
+            (first,) = shared
         self.codebooks = fit_codebooks(
             vectors,
             self.codebook_sizes,
@@ -73,8 +79,8 @@ class RQKMeans:
             mini_batch=self.mini_batch,
             balance=self.balance,
             progress=progress,
-            first=kept.load_list() if kept else (),
-            on_level=kept.save_list if kept and (group is None or group.rank() == 0) else None,
+            first=first,
+            on_level=kept.save_list if kept else None,
             group=group,
         )
         return self

@@ -28,6 +28,11 @@ def one_rank(rank: int, count: int, folder: str) -> None:
                     vectors, group=dist.group.WORLD, checkpoint=f"{folder}/kept-{number}-{name}-{count}"
                 )
                 torch.save(tokenizer.codebooks, f"{folder}/{number}-{name}-{count}-{rank}.pt")
+                # Goes on with what the first process kept, whatever the others see.
+                kept = f"{folder}/kept-{number}-{name}-{count}" if rank == 0 else f"{folder}/nothing"
+                again = make(settings).fit(vectors, group=dist.group.WORLD, checkpoint=kept)
+                for ours, theirs in zip(again.codebooks, tokenizer.codebooks, strict=True):
+                    assert torch.equal(ours, theirs), (number, name)
         with pytest.raises(ValueError, match="mini_batch does not go with group"):
             make({"mini_batch": True}).fit(X, group=dist.group.WORLD)
         with pytest.raises(ValueError, match=r"1 of 997 rows hold NaN or infinity \(rows 70\)"):
