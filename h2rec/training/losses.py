@@ -44,7 +44,13 @@ def binary_cross_entropy(users: Tensor, targets: Tensor, negatives: Tensor) -> T
 
 
 def sampled_softmax(
-    users: Tensor, targets: Tensor, negatives: Tensor, log_expected: Tensor, left_out: Tensor
+    users: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    log_expected: Tensor,
+    left_out: Tensor,
+    related: Tensor | None = None,
+    is_target: Tensor | None = None,
 ) -> Tensor:
     """Mean cross entropy of the target over the catalog, which is estimated from a sample of it.
 
@@ -57,10 +63,16 @@ def sampled_softmax(
         negatives: ``[n, C]`` vectors of the sample, shared by all positions.
         log_expected: ``[n]``, log of how often each is expected in the sample.
         left_out: bool ``[M, n]``; True leaves a negative out at a position (the target, or another item of the user's).
+        related: ``[M, C]`` vectors that `target_smoothing` pulls to their users, one for each position. They have to
+            count among the catalog: what is pulled and never pushed goes to infinity.
+        is_target: bool ``[M]``, where the related item is the target itself, which counts already.
     """
     target_scores = (users * targets).sum(-1)  # [M]
     scores = (users @ negatives.T - log_expected).masked_fill(left_out, -math.inf)  # [M, n]
-    return (torch.logaddexp(target_scores, scores.logsumexp(1)) - target_scores).mean()
+    others = scores.logsumexp(1)  # [M]
+    if related is not None:
+        others = torch.logaddexp(others, (users * related).sum(-1).masked_fill(is_target, -math.inf))
+    return (torch.logaddexp(target_scores, others) - target_scores).mean()
 
 
 def full_softmax(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -199,15 +200,19 @@ class Recommender(lightning.LightningModule):
         is_position = batch.targets != self.model.padding_idx  # [B, T]
         users, targets = users[is_position], batch.targets[is_position]  # [M, C], [M]
         catalog = self.model.item_vectors() if self.loss_name == "full_softmax" else None  # [N, C]
-        losses = {"next_item": self._next_item_loss(users, targets, batch, is_position, catalog)}
-        if self.smoothing:
-            related = self.related_items.draw(targets, 1 if catalog is None else _RELATED_ITEMS)
-            ids = torch.cat([targets[:, None], related], dim=1)  # [M, 1 + n]
-            vectors = self.model.item_vectors(ids) if catalog is None else F.embedding(ids, catalog)
-            losses["smoothing"] = target_smoothing(
+        if not self.smoothing:
+            return {"next_item": self._next_item_loss(users, targets, batch, is_position, catalog)}
+        related = self.related_items.draw(targets, 1 if catalog is None else _RELATED_ITEMS)
+        ids = torch.cat([targets[:, None], related], dim=1)  # [M, 1 + n]
+        vectors = self.model.item_vectors(ids) if catalog is None else F.embedding(ids, catalog)
+        return {
+            "next_item": self._next_item_loss(
+                users, targets, batch, is_position, catalog, (vectors[:, 1], related[:, 0] == targets)
+            ),
+            "smoothing": target_smoothing(
                 users, vectors[:, 0], vectors[:, 1:], self.smoothing, logistic=self.loss_name == "bce"
-            )
-        return losses
+            ),
+        }
 
     def _next_item_loss(
         self,
@@ -216,6 +221,7 @@ class Recommender(lightning.LightningModule):
         batch: SequenceBatch,
         is_position: Tensor,
         catalog: Tensor | None,
+        related: Sequence[Tensor] = (),
     ) -> Tensor:
         if catalog is not None:
             return full_softmax(users, catalog, targets)
@@ -227,7 +233,7 @@ class Recommender(lightning.LightningModule):
         vectors = self.model.item_vectors(torch.cat([targets, drawn.items]))
         target_vectors, negative_vectors = vectors.tensor_split((len(targets),))
         own = drawn.is_own[is_position.nonzero()[:, 0]]  # [M, n]
-        return sampled_softmax(users, target_vectors, negative_vectors, drawn.log_expected, own)
+        return sampled_softmax(users, target_vectors, negative_vectors, drawn.log_expected, own, *related)
 
     def _check_finite(self, parts: dict[str, Tensor], step: int, batch: SequenceBatch, users: Tensor) -> None:
         for name, value in parts.items():

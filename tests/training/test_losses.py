@@ -146,6 +146,33 @@ def test_target_smoothing_gives_related_items_a_share(loss, generator, device):
     check(ours, oracle, (random(generator, M, C), random(generator, N, C)), device)
 
 
+def test_smoothed_sampled_softmax_is_that_of_target_and_related_item(generator, device):
+    """Both among the candidates, so that the loss has a lower bound; an item that is both counts once."""
+    items, related = (torch.randint(N, (M,), generator=generator) for _ in range(2))
+    related[:4] = items[:4]
+    left_out = torch.rand(M, 9, generator=generator) < 0.3
+    left_out[:2] = True  # nothing else is left; of the first, not even a related item
+    log_expected = random(generator, 9)
+
+    def ours(users, catalog, negatives):
+        rest = log_expected.to(users), left_out.to(device), catalog[related], (related == items).to(device)
+        loss = sampled_softmax(users, catalog[items], negatives, *rest)
+        return loss + target_smoothing(users, catalog[items], catalog[related, None], 0.3)
+
+    def oracle(users, catalog, negatives):
+        losses = []
+        for m in range(M):
+            kind = catalog[sorted({int(items[m]), int(related[m])})] @ users[m]
+            sample = (negatives @ users[m] - log_expected)[~left_out[m]]
+            total = torch.cat([kind, sample]).logsumexp(0)
+            share = torch.stack([catalog[items[m]] @ users[m], catalog[related[m]] @ users[m]])
+            losses.append(total - 0.7 * share[0] - 0.3 * share[1])
+        assert min(losses) >= 0
+        return sum(losses) / M
+
+    check(ours, oracle, (random(generator, M, C), random(generator, N, C), random(generator, 9, C)), device)
+
+
 def test_resolve_loss():
     assert resolve_loss("auto", FULL_SOFTMAX_MAX_ITEMS) == "full_softmax"
     assert resolve_loss("auto", FULL_SOFTMAX_MAX_ITEMS + 1) == "sampled_softmax"
