@@ -33,7 +33,8 @@ struct ErrorBound {
   float underflow;  // times the row's scale and |codeword|
   float rounding;   // times (|x| + sum of the codewords' norms)^2
   float smallest;
-  float up;         // a norm times this is not below its true value
+  float up;         // the root of a sum of squares times this, plus `lost`, is not below the norm
+  float lost;       // what squares that underflow may have been
 };
 
 struct alignas(16) Path {  // read as one
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) prepare_level_kernel(const Search s,
   const Rows rows = codebook_rows<C>(s);
   const bool exists = k < level.size;
   const float square = exists ? square_norm<C>(rows, level.first + k, lane) : 0.0f;
-  const float norm = sqrtf(square) * s.bound.up, scale = scale_above(norm);
+  const float norm = sqrtf(square) * s.bound.up + s.bound.lost, scale = scale_above(norm);
   const std::int64_t place = level.padded_first + k;
   if (lane == 0) {
     s.squares[place] = square;
@@ -273,7 +274,7 @@ __device__ C distance(const Search& s, const Row& row, const std::int32_t* codes
 
 template <typename C>
 __device__ void start(const Search& s, const Row& row) {
-  const float norm = sqrtf(square_norm<C>(s.x, row.row, row.lane)) * s.bound.up;
+  const float norm = sqrtf(square_norm<C>(s.x, row.row, row.lane)) * s.bound.up + s.bound.lost;
   if (row.lane == 0) {
     paths_of(s, row)[0] = {0, norm, norm, 0};
   }
@@ -293,7 +294,7 @@ __device__ void form_operand(const Search& s, const Row& row, int level, int pat
     sum += square_of(r);
     store_halves(operand + d, r, 1 / scale);
   }
-  const float norm = sqrtf(static_cast<float>(warp_sum(sum))) * s.bound.up;
+  const float norm = sqrtf(static_cast<float>(warp_sum(sum))) * s.bound.up + s.bound.lost;
   if (row.lane == 0) {
     p->norm = norm;
     p->scale = scale;
@@ -518,7 +519,8 @@ ErrorBound error_bound(std::int64_t dim, int num_levels) {
   const double roundings = static_cast<double>(2 * dim + 6 * num_levels + 32);
   return {static_cast<float>(2 * products), static_cast<float>(0x1p-23 * std::sqrt(static_cast<double>(dim))),
           static_cast<float>(roundings * 0x1p-24), static_cast<float>(roundings * 0x1p-149),
-          static_cast<float>(1 + static_cast<double>(dim + 8) * 0x1p-24)};
+          static_cast<float>(1 + static_cast<double>(dim + 8) * 0x1p-24),
+          static_cast<float>(0x1p-74 * std::sqrt(static_cast<double>(dim)))};
 }
 
 template <typename Act>

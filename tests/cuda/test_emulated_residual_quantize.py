@@ -93,6 +93,10 @@ INPUTS = {  # what makes fp16 products of no, or of little use
     ),
     "distances overflow": lambda x, codebook, _: (1e19 * x, 1e19 * codebook),
     "squares underflow": lambda x, codebook, _: (3e-22 * x, 3e-22 * codebook),
+    "squares of a codeword are lost": lambda x, codebook, _: (
+        x.abs(),
+        torch.cat([torch.full_like(codebook[:1], 2.0**-76), codebook[1:]]),
+    ),
     "one codeword is far away": lambda x, codebook, _: (x, torch.cat([codebook[:1] * 1e4, codebook[1:]])),
     "one codeword is not finite": lambda x, codebook, _: (
         x,
