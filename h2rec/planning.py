@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2}
-# Of the sampled softmax, and the most items that H2Rec aligns; see h2rec.training and h2rec.models.H2Rec.
-SHARED_NEGATIVES = 1024
-MAX_ALIGNED_ITEMS = 1024
+SHARED_NEGATIVES = 1024  # of the sampled softmax, see h2rec.training
+LOOKUPS = (
+    3  # of a step, each with a gradient: sequences; targets and negatives; targets, each with a related item
+)
+ADDITIONS = 3 * (LOOKUPS - 1)  # of dense ones: each reads two and writes one
 CONTENT_BYTES = 2  # content vectors are kept in fp16
 
 
@@ -91,9 +93,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """Training of H2Rec (SASRec backbones, sampled softmax) with the rows of the table shared out over the devices.
+    """Training of H2Rec, as it is by default, with the rows of the table shared out over the devices.
 
-    With all that H2Rec has: residual attention and both alignments. Its default, without them, does less.
+    Two SASRec backbones read the sum of an item's vectors; sampled softmax with target smoothing, as on large catalogs.
 
     Args:
         items: N; the hash table has a row for each.
@@ -133,18 +135,14 @@ class Plan:
         return self.batch * self.length
 
     @property
-    def aligned_items(self) -> int:
-        return min(MAX_ALIGNED_ITEMS, self.tokens, self.items)
-
-    @property
     def looked_up(self) -> int:
-        """Items that a step looks up: its sequences, the aligned items, the targets, the negatives."""
-        return 2 * self.tokens + self.aligned_items + SHARED_NEGATIVES
+        """Items that a step looks up."""
+        return 4 * self.tokens + SHARED_NEGATIVES
 
     @property
     def rows_touched(self) -> int:
         """Rows of the table with a gradient, at most."""
-        return min(self.looked_up, self.items)
+        return min(self.looked_up - self.tokens, self.items)  # both lookups of a target touch one row
 
     @property
     def row_bytes(self) -> int:
@@ -153,13 +151,9 @@ class Plan:
     @property
     def dense_parameters(self) -> int:
         """All parameters but the hash table and the codebooks."""
-        d, levels = self.dim, self.levels
-        hidden = max(1, d // 2)
-        cross_attention = levels * (4 * d * d + d) + (d + 1) * hidden + (hidden + 1) * levels
-        attention = 4 * d * d + 4 * d
+        d = self.dim
         backbone = self.layers * (6 * d * d + 10 * d) + 2 * d
-        masks = levels * d if levels > 1 else 0
-        return cross_attention + attention + 2 * backbone + self.length * d + masks
+        return 2 * backbone + self.length * d
 
     @property
     def codebook_parameters(self) -> int:
@@ -171,8 +165,9 @@ class Plan:
         rows = self.items / self.gpus
         dense = self.dense_parameters + self.codebook_parameters
         gradient = self.rows_touched * (self.row_bytes + 8) if self.sparse else rows * self.row_bytes
-        # Tensors of [B, T, D] that autograd keeps, by levels and layers, and of [B T, negatives].
-        kept = 52 * self.layers + 7 * self.levels
+        # Tensors of [B, T, D] that autograd keeps: of the model, by layers, and 6 of target smoothing; beside them 2.4
+        # of [B T, negatives].
+        kept = 4 + 26 * self.layers + 6
         return {
             "hash table": rows * self.row_bytes,
             "codes": self.items * self.levels * 4,
@@ -191,48 +186,40 @@ class Plan:
         tokens, found = self.tokens, self.looked_up
         elsewhere = (self.gpus - 1) / self.gpus
         dense = self.dense_parameters + self.codebook_parameters
-        logits = self.aligned_items**2
-        masked = 12 * (self.layers - 1) + 4 if levels > 1 else 0
-        masked_attention = 2 * (self.layers - 1) if levels > 1 else 0
-        zeros = 0 if self.sparse else 2 * self.items / self.gpus * row  # a dense gradient of each lookup
+        dense_gradients = self.codebook_parameters * size + (
+            0 if self.sparse else self.items / self.gpus * row
+        )
         work = [
-            # ids, codes, rows of the table, outputs: levels and hashed
-            Work("harmonized_embedding", found * (8 + 4 * levels + row + (levels + 1) * row)),
+            # ids, codes, rows of the table, outputs: the sum of the levels, and hashed
+            Work("harmonized_embedding", found * (8 + 4 * levels + row + 2 * row)),
             # cotangents; four passes of a sort of 12-byte keys and places, then each run is read: levels and table
             Work(
                 "  its backward",
-                found * (levels + 1) * (96 + 8 + row) + self.codebook_parameters * size + found * row + zeros,
-            ),
-            # both directions, rows first and columns second; ids and codes compared, exponentials
-            Work(
-                "alignment_loss, both ways",
-                10 * self.aligned_items * row,
-                products=10.0 * logits * d,
-                instructions=80.0 * logits,
-                ours=True,
-                dtype=self.dtype,
+                found * (levels + 1) * (96 + 8 + row) + found * row + LOOKUPS * dense_gradients,
             ),
             # multiply-adds per position: of projections, in units of D^2; of attention, in units of T D
             Work(
                 "products of the model",
-                products=6.0 * tokens * d * d * (4 * levels + 0.5 + 4 + 12 * self.layers + masked),
+                products=6.0 * tokens * d * d * 12 * self.layers,
                 dtype=self.dtype,
             ),
             Work(
                 "attention",
-                products=14.0 * tokens * self.length * d * (levels + 1 + 2 * self.layers + masked_attention),
+                products=14.0 * tokens * self.length * d * 2 * self.layers,
                 dtype=self.dtype,
             ),
             # every eager operator reads its inputs and writes its output
-            Work("activations", (18 + 74 * levels + 469 * self.layers) * tokens * row),
+            Work("activations", (60 + 234 * self.layers) * tokens * row),
             Work(
                 "sampled softmax",
                 17.0 * tokens * SHARED_NEGATIVES * size + 32 * tokens * row,
                 products=6.0 * tokens * SHARED_NEGATIVES * 2 * d,
                 dtype=self.dtype,
             ),
+            # with the concatenation of the pairs' vectors
+            Work("target smoothing", 70.0 * tokens * row, products=6.0 * tokens * 2 * d, dtype=self.dtype),
             # parameter, gradient and two moments are read; all but the gradient written
-            Work("AdamW", dense * (3 * size + 16)),
+            Work("AdamW", dense * (3 * size + 16) + ADDITIONS * self.codebook_parameters * size),
             self._table_step(),
         ]
         if self.gpus > 1:
@@ -245,8 +232,10 @@ class Plan:
     def _table_step(self) -> Work:
         size, row = ITEM_SIZES[self.dtype], self.row_bytes
         if not self.sparse:
-            return Work("AdamW of the table", self.items / self.gpus * self.dim * (5 * size + 16))
-        # gradients of two lookups are sorted and added up; then gradient, row and sum are read, row and sum written
+            return Work(
+                "AdamW of the table", self.items / self.gpus * self.dim * ((3 + ADDITIONS) * size + 16)
+            )
+        # gradients of the lookups are sorted and added up; then gradient, row and sum are read, row and sum written
         update = self.rows_touched * (3 * row + 4 * 4)
         return Work("row-wise Adagrad", self.looked_up * (2 * row + 96) + update)
 
@@ -263,11 +252,11 @@ class Plan:
                 ours=True,
                 dtype="bfloat16",  # 16-bit products find candidates
             ),
-            # codes and rows are read; levels and hash half written, read, and made one vector of 2 D, which the product
-            # reads; scores are written, and read by topk
+            # codes and rows are read; semantic and hash half written, read, and made one vector of 2 D, which the
+            # product reads; scores are written, and read by topk
             Work(
                 f"exact ranking, {self.batch} users",
-                rows * (4 * self.levels + (2 * self.levels + 9) * self.row_bytes) + 8.0 * rows * self.batch,
+                rows * (4 * self.levels + 9 * self.row_bytes) + 8.0 * rows * self.batch,
                 products=4.0 * rows * d * self.batch,
                 dtype=self.dtype,
             ),

@@ -1,6 +1,7 @@
 """The formulas of the planner against what the model does, counted while it runs."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from h2rec import SemanticIds
 from h2rec.data import SequenceBatch
 from h2rec.models import H2Rec
 from h2rec.planning import GPUS, Device, Plan, Work
-from h2rec.training.losses import sampled_softmax
+from h2rec.training.losses import sampled_softmax, target_smoothing
 
 VIEWS = {
     "view",
@@ -51,15 +52,7 @@ def make(planned: Plan, num_items: int = 150) -> tuple[H2Rec, SequenceBatch]:
     torch.manual_seed(0)
     codes = torch.randint(planned.codebook, (num_items, planned.levels))
     sids = SemanticIds(codes, codebook_sizes=(planned.codebook,) * planned.levels)
-    model = H2Rec(
-        sids,
-        dim=planned.dim,
-        num_layers=planned.layers,
-        max_length=planned.length,
-        mixing="residual_attention",
-        alignment_weight=0.1,
-        granularity_weight=0.1,
-    )
+    model = H2Rec(sids, dim=planned.dim, num_layers=planned.layers, max_length=planned.length)
     items = torch.randint(num_items, (planned.batch, planned.length + 1))
     lengths = torch.full((planned.batch,), planned.length)
     users = torch.arange(planned.batch)
@@ -68,7 +61,13 @@ def make(planned: Plan, num_items: int = 150) -> tuple[H2Rec, SequenceBatch]:
 
 def train(model: H2Rec, batch: SequenceBatch) -> None:
     users, losses = model.training_outputs(batch)
-    torch.autograd.backward([users, sum(losses.values())], [torch.ones_like(users), None])
+    assert not losses
+    users.backward(torch.ones_like(users))
+
+
+def smooth(model: H2Rec, users: torch.Tensor, pairs: torch.Tensor) -> None:
+    vectors = model.item_vectors(pairs)
+    target_smoothing(users, vectors[:, 0], vectors[:, 1:], 0.3).backward()
 
 
 # Others than those that the formulas were fitted to.
@@ -91,9 +90,8 @@ def test_parameters(planned):
     assert others - model.embedding.hash_table.numel() == planned.dense_parameters
 
 
-@pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
-def test_bytes_of_a_step(planned):
-    model, batch = make(planned)
+def bytes_moved_and_kept(model: H2Rec, call: Callable[[], None]) -> tuple[int, int]:
+    """What the operators of a forward and backward pass read and write, and what autograd keeps between the two."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -104,10 +102,21 @@ def test_bytes_of_a_step(planned):
         return tensor
 
     with BytesMoved() as moved, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        train(model, batch)
-    assert moved.total == pytest.approx(work(planned, "activations").bytes, rel=0.1)
+        call()
+    return moved.total, sum(kept.values())
+
+
+@pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
+def test_bytes_of_a_step(planned):
+    model, batch = make(planned)
+    users = torch.randn(planned.tokens, 2 * planned.dim, requires_grad=True)
+    pairs = torch.randint(150, (planned.tokens, 2))
+    moved, kept = bytes_moved_and_kept(model, lambda: train(model, batch))
+    moved_by_smoothing, kept_by_smoothing = bytes_moved_and_kept(model, lambda: smooth(model, users, pairs))
+    assert moved == pytest.approx(work(planned, "activations").bytes, rel=0.1)
+    assert moved_by_smoothing == pytest.approx(work(planned, "target smoothing").bytes, rel=0.05)
     of_scores = 2.4 * planned.tokens * 1024 * 4
-    assert sum(kept.values()) == pytest.approx(planned.memory()["activations"] - of_scores, rel=0.1)
+    assert kept + kept_by_smoothing == pytest.approx(planned.memory()["activations"] - of_scores, rel=0.1)
 
 
 @pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
@@ -122,6 +131,10 @@ def test_products_of_a_step(planned):
     attention = everything.get_total_flops() - projections.get_total_flops()
     # A fused kernel multiplies once more, for it does not keep the weights.
     assert attention * 7 / 6 == pytest.approx(work(planned, "attention").products, rel=0.05)
+    users = torch.randn(planned.tokens, 2 * planned.dim, requires_grad=True)
+    with FlopCounterMode(display=False) as smoothing:
+        smooth(model, users, torch.randint(150, (planned.tokens, 2)))
+    assert smoothing.get_total_flops() == work(planned, "target smoothing").products
 
 
 def test_bytes_and_products_of_the_loss():
@@ -170,15 +183,15 @@ def test_what_binds():
 
 
 def test_the_readme_of_the_kernels_has_the_same_numbers():
-    """kernels/README.md and csrc/README.md, floors on an H100."""
+    """csrc/README.md, floors on an H100, and kernels/README.md, bytes."""
     h100 = GPUS[1]
     by_name = {part.name: part for part in Plan(100_000, 128, 4, 256).once()}
     quantize = by_name["residual_quantize, all items"]
     assert quantize.products / h100.bf16 == pytest.approx(26.2e9 / 990e12, rel=0.01)
     assert quantize.instructions / h100.instructions == pytest.approx(0.31e-3, rel=0.02)
-    align = work(Plan(10_000, 64, batch=64), "alignment_loss, both ways")
-    assert align.products / h100.exact_fp32 == pytest.approx(0.26e-3 * (1024 / 8192) ** 2, rel=0.03)
-    assert align.instructions / h100.instructions == pytest.approx(0.19e-3 * (1024 / 8192) ** 2, rel=0.03)
+    planned = Plan(10_000, 64, 4, 256)
+    bytes_per_item = work(planned, "harmonized_embedding").bytes / planned.looked_up
+    assert 25_600 * bytes_per_item == pytest.approx(20.3e6, rel=0.01)
 
 
 def test_bad_input():
