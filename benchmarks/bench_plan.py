@@ -166,9 +166,8 @@ def _training_step(shape: Shape, device: torch.device) -> Callable[[], float]:
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     batch = SequenceBatch(torch.arange(shape.B, device=device), inputs, lengths, targets, None)
     negatives = _ids(shape, [SHARED_NEGATIVES], device)
-    pairs = torch.stack(
-        [targets.flatten(), torch.randint(shape.N, (shape.B * shape.T,), device=device)], dim=1
-    )
+    related = torch.randint(shape.N, (shape.B * shape.T,), device=device)
+    pairs, is_target = torch.stack([targets.flatten(), related], dim=1), related == targets.flatten()
     left_out = torch.zeros(shape.B * shape.T, SHARED_NEGATIVES, dtype=torch.bool, device=device)
     log_expected = torch.zeros(SHARED_NEGATIVES, device=device)
 
@@ -177,9 +176,11 @@ def _training_step(shape: Shape, device: torch.device) -> Callable[[], float]:
         users = users.flatten(0, 1)
         vectors = model.item_vectors(torch.cat([targets.flatten(), negatives]))
         of_targets, of_negatives = vectors.tensor_split((targets.numel(),))
-        loss = sampled_softmax(users, of_targets, of_negatives, log_expected, left_out)
-        vectors = model.item_vectors(pairs)
-        loss = loss + target_smoothing(users, vectors[:, 0], vectors[:, 1:], 0.3)
+        of_pairs = model.item_vectors(pairs)
+        loss = sampled_softmax(
+            users, of_targets, of_negatives, log_expected, left_out, of_pairs[:, 1], is_target
+        )
+        loss = loss + target_smoothing(users, of_pairs[:, 0], of_pairs[:, 1:], 0.3)
         loss.backward()
         adam.step()
         adagrad.step()

@@ -216,8 +216,8 @@ class Plan:
                 products=6.0 * tokens * SHARED_NEGATIVES * 2 * d,
                 dtype=self.dtype,
             ),
-            # with the concatenation of the pairs' vectors
-            Work("target smoothing", 70.0 * tokens * row, products=6.0 * tokens * 2 * d, dtype=self.dtype),
+            # with the concatenation of the pairs' vectors, and the related item among the candidates
+            Work("target smoothing", 121.0 * tokens * row, products=6.0 * tokens * 2 * d, dtype=self.dtype),
             # parameter, gradient and two moments are read; all but the gradient written
             Work("AdamW", dense * (3 * size + 16) + ADDITIONS * self.codebook_parameters * size),
             self._table_step(),

@@ -65,9 +65,19 @@ def train(model: H2Rec, batch: SequenceBatch) -> None:
     users.backward(torch.ones_like(users))
 
 
-def smooth(model: H2Rec, users: torch.Tensor, pairs: torch.Tensor) -> None:
-    vectors = model.item_vectors(pairs)
-    target_smoothing(users, vectors[:, 0], vectors[:, 1:], 0.3).backward()
+def lose(model: H2Rec, planned: Plan, *, smoothed: bool) -> None:
+    """The sampled softmax of a batch, with few negatives."""
+    num_positions, size = planned.tokens, 2 * planned.dim
+    users = torch.randn(num_positions, size, requires_grad=True)
+    targets, negatives = torch.randn(num_positions, size), torch.randn(8, size)
+    left_out = torch.zeros(num_positions, 8, dtype=torch.bool)
+    smoothing, related = 0.0, ()
+    if smoothed:
+        vectors = model.item_vectors(torch.randint(model.num_items, (num_positions, 2)))
+        smoothing = target_smoothing(users, vectors[:, 0], vectors[:, 1:], 0.3)
+        related = vectors[:, 1], torch.zeros(num_positions, dtype=torch.bool)
+    loss = sampled_softmax(users, targets, negatives, torch.zeros(8), left_out, *related)
+    (loss + smoothing).backward()
 
 
 # Others than those that the formulas were fitted to.
@@ -109,14 +119,14 @@ def bytes_moved_and_kept(model: H2Rec, call: Callable[[], None]) -> tuple[int, i
 @pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
 def test_bytes_of_a_step(planned):
     model, batch = make(planned)
-    users = torch.randn(planned.tokens, 2 * planned.dim, requires_grad=True)
-    pairs = torch.randint(150, (planned.tokens, 2))
     moved, kept = bytes_moved_and_kept(model, lambda: train(model, batch))
-    moved_by_smoothing, kept_by_smoothing = bytes_moved_and_kept(model, lambda: smooth(model, users, pairs))
     assert moved == pytest.approx(work(planned, "activations").bytes, rel=0.1)
-    assert moved_by_smoothing == pytest.approx(work(planned, "target smoothing").bytes, rel=0.05)
+    moved_with, kept_with = bytes_moved_and_kept(model, lambda: lose(model, planned, smoothed=True))
+    moved_without, kept_without = bytes_moved_and_kept(model, lambda: lose(model, planned, smoothed=False))
+    assert moved_with - moved_without == pytest.approx(work(planned, "target smoothing").bytes, rel=0.05)
     of_scores = 2.4 * planned.tokens * 1024 * 4
-    assert kept + kept_by_smoothing == pytest.approx(planned.memory()["activations"] - of_scores, rel=0.1)
+    kept_by_both = kept + kept_with - kept_without
+    assert kept_by_both == pytest.approx(planned.memory()["activations"] - of_scores, rel=0.1)
 
 
 @pytest.mark.parametrize("planned", PLANS, ids=["small", "large"])
@@ -131,10 +141,12 @@ def test_products_of_a_step(planned):
     attention = everything.get_total_flops() - projections.get_total_flops()
     # A fused kernel multiplies once more, for it does not keep the weights.
     assert attention * 7 / 6 == pytest.approx(work(planned, "attention").products, rel=0.05)
-    users = torch.randn(planned.tokens, 2 * planned.dim, requires_grad=True)
-    with FlopCounterMode(display=False) as smoothing:
-        smooth(model, users, torch.randint(150, (planned.tokens, 2)))
-    assert smoothing.get_total_flops() == work(planned, "target smoothing").products
+    with FlopCounterMode(display=False) as smoothed:
+        lose(model, planned, smoothed=True)
+    with FlopCounterMode(display=False) as unsmoothed:
+        lose(model, planned, smoothed=False)
+    added = smoothed.get_total_flops() - unsmoothed.get_total_flops()
+    assert added == work(planned, "target smoothing").products
 
 
 def test_bytes_and_products_of_the_loss():
