@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._inductor import config as inductor
 from typer.testing import CliRunner
 
 from h2rec import SemanticIds
@@ -215,8 +216,8 @@ def test_refuses(run, tmp_path, monkeypatch):
     assert "no run here (it has no config.json)" in printed
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert 'pip install "h2rec[faiss]"' in call("export", run, tmp_path / "o", "--faiss", fails=True)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-such-compiler"),))
-    assert "aot: expected a C++ compiler" in call("export", run, tmp_path / "o", "--aot", fails=True)
+    with inductor.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}):
+        assert "aot: expected a C++ compiler" in call("export", run, tmp_path / "o", "--aot", fails=True)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setitem(sys.modules, "torch._inductor.cpp_builder", None)
     check_compiler()  # where torch cannot tell, compiling will
