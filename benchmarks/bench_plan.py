@@ -22,13 +22,6 @@ from ._report import format_seconds
 
 WITHIN = 2.0
 
-# Measured over predicted on two Zen 4 cores with 1M rows, of H2Rec with every level looked up by itself: lookup 2.9,
-# with its backward 2.5, ranking 2.6.
-# The plan knows the rate of a copy only, not what rows at random places or first touches of memory cost.
-beyond = pytest.mark.xfail(
-    raises=AssertionError, reason="random rows and fresh memory are slower than a copy"
-)
-
 
 class Shape(NamedTuple):
     B: int  # sequences, all of full length
@@ -86,7 +79,6 @@ def bench_step(compare, shape, device):
     check(compare, device, shape.plan().step(), _training_step(shape, device))
 
 
-@beyond
 @SHAPES
 def bench_lookup(compare, shape, device):
     tables, ids = _tables(shape, device), _ids(shape, [shape.plan().looked_up], device)
@@ -98,7 +90,6 @@ def bench_lookup(compare, shape, device):
     )
 
 
-@beyond
 @SHAPES
 def bench_lookup_and_backward(compare, shape, device):
     codes, *tables = _tables(shape, device)
@@ -123,7 +114,6 @@ def bench_quantize(compare, shape, device):
     check(compare, device, work, lambda: ops.residual_quantize(vectors.float(), codebooks))
 
 
-@beyond
 @SHAPES
 def bench_ranking(compare, shape, device):
     items = min(shape.N, 1_000_000)
