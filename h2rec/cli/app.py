@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from typer.core import TyperGroup
 
 from h2rec._version import __version__
@@ -30,14 +31,9 @@ class _Commands(TyperGroup):
         except _EXPECTED as error:
             if ctx.params.get("debug"):
                 raise
-            errors.print(f"[bold red]Error:[/] {escape_markup(error)}", highlight=False, soft_wrap=True)
+            message = str(error) or type(error).__name__
+            errors.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
             raise typer.Exit(1) from error
-
-
-def escape_markup(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error) or type(error).__name__)
 
 
 app = typer.Typer(

@@ -16,8 +16,6 @@ from h2rec.cli.tokenizing import Collisions, Method, Settings, encoder_path, jud
 from h2rec.cli.tokenizing import append as append_items
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from h2rec.cli.tokenizing import Vectors
 
 _VECTORS, _CODES, _COLLISIONS = "Vectors", "Codes", "Items that share a semantic ID"
@@ -182,7 +180,8 @@ def tokenize(
         h2rec tokenize --embeddings vectors.npy --levels 3 --codebook-size 512
         h2rec tokenize --embeddings vectors.npy --method rq-vae --report q.png
         h2rec tokenize --embeddings vectors.npy --collisions next-best
-        h2rec tokenize --append sids.safetensors --embeddings new.npy -o longer
+        h2rec tokenize --append sids.safetensors --embeddings new.npy \\
+            -o longer.safetensors
     """
     learning = {
         "--method": method,
@@ -265,14 +264,6 @@ def _work_in(folder: Path) -> Iterator[Path]:
     remove_checkpoints(folder)
 
 
-def embed(texts: list[str]) -> np.ndarray:
-    """Content vectors ``[N, D]`` of texts, while a spinner turns."""
-    from h2rec import data
-
-    with console.status(f"Embedding {len(texts):,} texts"):
-        return data.embed_texts(texts)
-
-
 def _read_vectors(
     items: Path | None, item: str, text: list[str] | None, embeddings: Path | None, column: str | None
 ) -> Vectors:
@@ -286,7 +277,9 @@ def _read_vectors(
     if text:
         if items is None:
             raise ValueError("--text names a column of --items, which is missing")
-        return embed(data.read_items(items, item=item, text=text).texts)
+        texts = data.read_items(items, item=item, text=text).texts
+        with console.status(f"Embedding {len(texts):,} texts"):
+            return data.embed_texts(texts)
     vectors = open_vectors(embeddings, column=column)
     if items is not None and (num_items := data.read_items(items, item=item).num_items) != len(vectors):
         raise ValueError(

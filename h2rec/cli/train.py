@@ -277,20 +277,17 @@ def train(
         for name, value in context.params.items()
         if value is not None and name not in ("context", "run", "resume", "preset")
     }
-    train_and_report(_config(given, preset, run, resume), run, resume=resume)
+    config = _config(given, preset, run, resume)
 
-
-def train_and_report(config: TrainConfig, run: Path, *, resume: bool = False) -> None:
-    """Trains what ``config`` asks for, prints the tables and says where the report is."""
+    # After the settings have been checked: Lightning takes seconds.
     from h2rec.training import train_run
     from h2rec.training.processes import is_first_process
     from h2rec.training.report import read_run
 
     train_run(config, run, resume=resume)
-    if not is_first_process():
-        return
-    print_results(read_run(run))
-    console.print(f"The report is [bold]{run / 'report.html'}[/]", highlight=False, soft_wrap=True)
+    if is_first_process():
+        print_results(read_run(run))
+        console.print(f"The report is [bold]{run / 'report.html'}[/]", highlight=False, soft_wrap=True)
 
 
 def _config(given: dict[str, Any], preset: str | None, run: Path, resume: bool) -> TrainConfig:

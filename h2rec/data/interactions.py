@@ -70,7 +70,7 @@ class InteractionLog:
         """Row of a raw user id; an integer written as text is found as well. ValueError if nobody has it."""
         row = find_ids(self.users, normalise_ids(pl.Series([raw_id]), "raw_id"))[0]
         if row < 0:
-            raise ValueError(f"raw_id: no user {raw_id!r} among the {self.num_users} users of the log")
+            raise ValueError(f"no user {raw_id!r} among the {self.num_users} users of the log")
         return int(row)
 
 

@@ -58,7 +58,7 @@ class ItemCatalog:
         rows = find_ids(self.ids, raw)
         if (rows < 0).any():
             unknown = first_few(raw.filter(pl.Series(rows < 0)))
-            raise ValueError(f"raw_ids: not among the {self.num_items} items of the catalog: {unknown}")
+            raise ValueError(f"not among the {self.num_items} items of the catalog: {unknown}")
         return rows
 
 

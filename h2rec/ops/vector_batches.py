@@ -42,8 +42,9 @@ def vector_batches(vectors: VectorSource, batch_size: int, *, name: str = "vecto
         yield batch
     if num_bad:
         named = ", ".join(map(str, first_bad[:_NAMED_ROWS])) + (", ..." if num_bad > _NAMED_ROWS else "")
+        rows = "row" if num_bad == 1 else "rows"
         raise ValueError(
-            f"{name} must be finite, but {num_bad} of {start} rows hold NaN or infinity (rows {named})"
+            f"{name} must be finite, but {num_bad} of {start} rows hold NaN or infinity ({rows} {named})"
         )
 
 

@@ -6,8 +6,14 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+from h2rec.layers.granularity_fusion import MODES as FUSIONS
+from h2rec.models import MODELS, model_settings
+from h2rec.models.backbones import BACKBONES
+from h2rec.models.h2rec import MIXINGS
 
 # From so many items on nothing else is made that is as large as the table: its gradients are sparse, its optimizer
 # keeps a number per row, and items are ranked in tiles. (A dense step of Adam on 500,000 x 64 moves 0.9 GB.)
@@ -16,14 +22,10 @@ _EVAL_USERS = 10_000
 _H2REC_SMOOTHING = 0.3
 
 LOSSES = ("auto", "full_softmax", "sampled_softmax", "bce")
-MODELS = ("hash", "llminit", "semantic", "sum", "mean", "concat", "h2rec")
 DEFAULT_MODELS = ("hash", "semantic", "sum", "h2rec")
-BACKBONES = ("sasrec", "gru4rec", "bert4rec")
-FUSIONS = ("sum", "mean", "adaptive")
-MIXINGS = ("sum", "attention", "residual_attention")
 TABLE_OPTIMIZERS = ("auto", "adamw", "rowwise_adagrad")
 ACCELERATORS = ("auto", "cpu", "gpu")
-# How the authors of arXiv 2512.10388 ran it, where that is not the default.
+# How the authors of arXiv 2512.10388 ran it.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "num_heads": 1,
@@ -48,17 +50,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PATHS = ("interactions", "sids", "items", "embeddings")
-
-_COMMON_SETTINGS = ("dim", "backbone", "num_layers", "num_heads", "max_length", "dropout")
-_H2REC_SETTINGS = (
-    "fusion",
-    "mixing",
-    "share_backbone",
-    "alignment_weight",
-    "alignment_temperature",
-    "min_shared_codes",
-    "granularity_weight",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -342,8 +333,7 @@ class TrainConfig:
 
     def model_settings(self, model: str) -> dict[str, Any]:
         """The settings that `h2rec.models.build_model` takes for one of the models."""
-        names = _COMMON_SETTINGS + (_H2REC_SETTINGS if model == "h2rec" else ())
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in model_settings(model) if hasattr(self, name)}
 
 
 def is_large(num_items: int) -> bool:
@@ -351,7 +341,7 @@ def is_large(num_items: int) -> bool:
     return num_items >= LARGE_CATALOG
 
 
-def _known(names: tuple[str, ...]) -> str:
+def _known(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
@@ -362,7 +352,7 @@ def _check_text(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected text, got an empty string")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {_known(choices)}, got {value!r}")
 

@@ -25,6 +25,7 @@ from h2rec.data import (
 )
 from h2rec.data.split import runs
 from h2rec.models import SequentialModel
+from h2rec.models.backbones import vectors_at
 from h2rec.training.config import is_large
 from h2rec.training.tiled_ranks import ranks_among, ranks_in_catalog
 
@@ -98,11 +99,6 @@ def ranks_of_targets(scores: Tensor, target_scores: Tensor) -> Tensor:
     return (scores.shape[1] + 1 + difference) / 2
 
 
-def last_positions(users: Tensor, lengths: Tensor) -> Tensor:
-    """The vector at the end of each sequence: ``[B, T, C] -> [B, C]``."""
-    return users[torch.arange(len(lengths), device=users.device), lengths - 1]
-
-
 class Ranker:
     """Ranks the held-out items of a stage, batch by batch, on the device that the model is on.
 
@@ -155,7 +151,7 @@ class Ranker:
         item_ids, lengths, targets = (
             part.to(self._ranks.device) for part in (batch.item_ids, batch.lengths, batch.targets)
         )
-        users = last_positions(self.model.encode(item_ids, lengths), lengths)  # [B, C]
+        users = vectors_at(self.model.encode(item_ids, lengths), lengths - 1)  # [B, C]
         if self.scores is None:
             self._add_waiting(user_ids, users, targets)
             return

@@ -12,8 +12,8 @@ from torch import Tensor
 from h2rec import ops
 from h2rec.data import ItemCatalog
 from h2rec.models import SequentialModel
+from h2rec.models.backbones import vectors_at
 from h2rec.training.config import TrainConfig
-from h2rec.training.evaluation import last_positions
 from h2rec.training.inputs import read_split
 
 _BATCH_SIZE = 256
@@ -95,7 +95,7 @@ def user_vectors(model: SequentialModel, histories: Sequence[np.ndarray]) -> Ten
         latest = [history[-model.max_length :] for history in histories[start : start + _BATCH_SIZE]]
         item_ids = _padded(latest, model.padding_idx, device)
         lengths = (item_ids != model.padding_idx).sum(1)
-        users.append(last_positions(model.encode(item_ids, lengths), lengths))
+        users.append(vectors_at(model.encode(item_ids, lengths), lengths - 1))
     return torch.cat(users)
 
 

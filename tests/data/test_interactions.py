@@ -125,7 +125,7 @@ def test_num_items_makes_raw_ids_the_rows(path):
 def test_index_of_user(path, tmp_path):
     log = read_interactions(path)
     assert [log.index_of_user("a"), log.index_of_user("b")] == [0, 1]
-    with pytest.raises(ValueError, match="raw_id: no user 'c' among the 2 users of the log"):
+    with pytest.raises(ValueError, match="no user 'c' among the 2 users of the log"):
         log.index_of_user("c")
     (tmp_path / "log.csv").write_text("user_id,item_id\n70,1\n8,1\n")
     log = read_interactions(tmp_path / "log.csv")

@@ -82,7 +82,7 @@ def test_index_of_matches_integers_and_their_text(known, wanted):
 
 
 def test_index_of_does_not_take_one_id_for_another():
-    with pytest.raises(ValueError, match=r"raw_ids: not among the 2 items of the catalog: '007', 'x'"):
+    with pytest.raises(ValueError, match=r"not among the 2 items of the catalog: '007', 'x'"):
         ItemCatalog(pl.Series([3, 7])).index_of(["7", "007", "x", "007"])
 
 

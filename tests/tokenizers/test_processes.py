@@ -35,7 +35,7 @@ def one_rank(rank: int, count: int, folder: str) -> None:
                     assert torch.equal(ours, theirs), (number, name)
         with pytest.raises(ValueError, match="mini_batch does not go with group"):
             make({"mini_batch": True}).fit(X, group=dist.group.WORLD)
-        with pytest.raises(ValueError, match=r"1 of 997 rows hold NaN or infinity \(rows 70\)"):
+        with pytest.raises(ValueError, match=r"1 of 997 rows hold NaN or infinity \(row 70\)"):
             make({}).fit(X.index_fill(0, torch.tensor([70]), torch.nan), group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()

@@ -68,7 +68,7 @@ def test_history_of_a_user_is_all_of_the_log(trained):
     # u04 walks in steps of 2; the held-out items are known by now.
     assert len(from_log) >= 3
     assert (np.diff(from_log) % 60 == 2).all()
-    with pytest.raises(ValueError, match="raw_id: no user 'nobody' among the 90 users of the log"):
+    with pytest.raises(ValueError, match="no user 'nobody' among the 90 users of the log"):
         user_history(config, catalog, "nobody")
 
 

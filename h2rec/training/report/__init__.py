@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from h2rec.training.files import replacing
+from h2rec._files import replacing
 from h2rec.training.report.page import render
 from h2rec.training.report.run import ReportedRun, read_run
 
