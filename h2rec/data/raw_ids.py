@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 _CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]*)$"
+_SHOWN = 5
 
 
 def normalise_ids(ids: pl.Series, where: str) -> pl.Series:
@@ -59,8 +60,8 @@ def find_ids(known: pl.Series, wanted: pl.Series) -> np.ndarray:
     return found["row"].fill_null(-1).to_numpy()
 
 
-def first_few(ids: pl.Series, count: int = 5) -> str:
+def first_few(ids: pl.Series) -> str:
     """The first distinct ids, as text for a message."""
     distinct = ids.unique(maintain_order=True)
-    shown = ", ".join(repr(value) for value in distinct.head(count))
-    return shown if len(distinct) <= count else f"{shown}, ... ({len(distinct)} in all)"
+    shown = ", ".join(repr(value) for value in distinct.head(_SHOWN))
+    return shown if len(distinct) <= _SHOWN else f"{shown}, ... ({len(distinct)} in all)"

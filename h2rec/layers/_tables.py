@@ -13,6 +13,13 @@ from h2rec.semantic_ids import SemanticIds
 _PART_ROWS = 1 << 18
 
 
+def check_sids(sids: SemanticIds) -> None:
+    if not isinstance(sids, SemanticIds):
+        raise TypeError(
+            f"sids must be SemanticIds (SemanticIds.load reads a file), got {type(sids).__name__}"
+        )
+
+
 def make_codebooks(sids: SemanticIds, embedding_dim: int) -> nn.Parameter | nn.ParameterList:
     """``[L, K, D]``, or one ``[K_l, D]`` per level if the sizes differ; the SIDs' own codebooks where they fit.
 

@@ -8,6 +8,7 @@ from h2rec.layers._tables import (
     all_vectors,
     as_levels,
     check_padding_idx,
+    check_sids,
     check_size,
     make_codebooks,
     make_hashing,
@@ -35,6 +36,7 @@ class HarmonizedEmbedding(nn.Module):
 
     Raises:
         ValueError: a size or an option is wrong; in forward, ids out of range.
+        TypeError: no `SemanticIds`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class HarmonizedEmbedding(nn.Module):
         sparse: bool = False,
     ) -> None:
         super().__init__()
+        check_sids(sids)
         check_size("embedding_dim", embedding_dim)
         check_option("fusion", fusion, ("sum", "mean", "concat", "gate", "none"))
         check_option("pooling", pooling, ("sum", "mean", "levels", "concat"))

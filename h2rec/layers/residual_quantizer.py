@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from h2rec import ops
 from h2rec.layers._tables import check_size
+from h2rec.ops._codebooks import level_sizes
 from h2rec.ops.kmeans import fit_codebooks
 from h2rec.ops.vector_batches import VectorSource
 
@@ -46,17 +47,12 @@ class ResidualQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_size("dim", dim)
-        check_size("num_levels", num_levels)
+        sizes = level_sizes(num_levels, codebook_size)
         check_size("beam_size", beam_size)
-        sizes = [codebook_size] * num_levels if isinstance(codebook_size, int) else list(codebook_size)
-        if len(sizes) != num_levels or min(sizes) < 1:
-            raise ValueError(
-                f"codebook_size must be positive, or num_levels = {num_levels} positive numbers, got {codebook_size}"
-            )
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         self.dim = dim
-        self.sizes = tuple(sizes)
+        self.sizes = sizes
         self.beam_size = beam_size
         self.commitment_weight = commitment_weight
         self.ema_decay = ema_decay
@@ -87,7 +83,7 @@ class ResidualQuantizer(nn.Module):
 
         The gradient of ``quantized`` goes to ``x`` as if nothing had been quantized.
         """
-        rows = x.reshape(-1, self.dim)
+        rows = self._rows(x)
         quantized, codes = ops.residual_quantize(rows.detach(), self.codebooks, beam_size=self.beam_size)
         loss = self.commitment_weight * (rows - quantized).square().mean()
         if self.training:
@@ -98,7 +94,7 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Codes of ``x [*, D]``, ``[*, L]`` int32."""
-        _, codes = ops.residual_quantize(x.reshape(-1, self.dim), self.codebooks, beam_size=self.beam_size)
+        _, codes = ops.residual_quantize(self._rows(x), self.codebooks, beam_size=self.beam_size)
         return codes.view(*x.shape[:-1], len(self.sizes))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -109,6 +105,12 @@ class ResidualQuantizer(nn.Module):
         positions = torch.arange(len(flat), device=flat.device)
         vectors, _ = ops.harmonized_embedding(positions, flat, list(self.codebooks), None)
         return vectors.view(*codes.shape[:-1], self.dim)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """``[*, D]`` to ``[N, D]``"""
+        if x.shape[-1:] != (self.dim,):
+            raise ValueError(f"x must have shape [*, {self.dim}], got {list(x.shape)}")
+        return x.reshape(-1, self.dim)
 
     @torch.no_grad()
     def _update(self, residual: Tensor, codes: Tensor) -> None:

@@ -8,6 +8,7 @@ from h2rec.layers._tables import (
     all_vectors,
     as_levels,
     check_padding_idx,
+    check_sids,
     check_size,
     make_codebooks,
     make_table,
@@ -34,6 +35,7 @@ class SemanticEmbedding(nn.Module):
 
     Raises:
         ValueError: a size or an option is wrong; in forward, ids out of range.
+        TypeError: no `SemanticIds`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SemanticEmbedding(nn.Module):
         sparse: bool = False,
     ) -> None:
         super().__init__()
+        check_sids(sids)
         check_size("embedding_dim", embedding_dim)
         check_option("pooling", pooling, ("sum", "mean", "levels", "concat", "prefix"))
         if (num_buckets is not None) != (pooling == "prefix"):

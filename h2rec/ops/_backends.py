@@ -18,10 +18,9 @@ from h2rec._version import __version__
 
 OPERATORS = ("residual_quantize", "harmonized_embedding", "alignment_loss")
 
-# Operators whose kernels exist.
-_CPP_OPERATORS: tuple[str, ...] = ("residual_quantize", "harmonized_embedding", "alignment_loss")
-_TRITON_OPERATORS: tuple[str, ...] = ("harmonized_embedding", "alignment_loss")
-_CUDA_OPERATORS: tuple[str, ...] = ("residual_quantize",)
+# C++ has all of them.
+_TRITON_OPERATORS = ("harmonized_embedding", "alignment_loss")
+_CUDA_OPERATORS = ("residual_quantize",)
 
 _MAX_CUDA_BEAM = 32  # h2rec::cuda::kMaxBeamSize
 
@@ -31,22 +30,18 @@ def _why_not_reference(operator: str, device_type: str, beam_size: int) -> str |
 
 
 def _why_not_cpp(operator: str, device_type: str, beam_size: int) -> str | None:
-    if operator not in _CPP_OPERATORS:
-        return "its C++ kernel is not written yet"
     if device_type != "cpu":
         return f"it runs on the CPU, not on {device_type}"
     if reason := extension_error():
         return reason
     if not hasattr(torch.ops.h2rec, f"_cpp_{operator}"):
-        return (
-            "h2rec._C was built before it was written; `pip install --no-build-isolation .` builds it again"
-        )
+        return "h2rec._C is older than its kernel; `pip install --no-build-isolation .` builds it again"
     return None
 
 
 def _why_not_triton(operator: str, device_type: str, beam_size: int) -> str | None:
     if operator not in _TRITON_OPERATORS:
-        return "its Triton kernel is not written yet"
+        return "it has no Triton kernel"
     if reason := triton_error():
         return reason
     if device_type == "cpu" and not _triton_is_interpreted():
@@ -56,7 +51,7 @@ def _why_not_triton(operator: str, device_type: str, beam_size: int) -> str | No
 
 def _why_not_cuda(operator: str, device_type: str, beam_size: int) -> str | None:
     if operator not in _CUDA_OPERATORS:
-        return "its CUDA kernel is not written yet"
+        return "it has no CUDA kernel"
     if device_type != "cuda":
         return f"it runs on CUDA devices, not on {device_type}"
     if beam_size > _MAX_CUDA_BEAM:

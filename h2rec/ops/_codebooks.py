@@ -34,6 +34,20 @@ def pack_codebooks(codebooks: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[i
     return torch.cat(codebooks), sizes
 
 
+def level_sizes(
+    num_levels: int, codebook_size: int | Sequence[int], name: str = "num_levels"
+) -> tuple[int, ...]:
+    """The codewords of each level, from one number for all or one for each; ``name`` is what errors call the first."""
+    if num_levels < 1:
+        raise ValueError(f"{name} must be at least 1, got {num_levels}")
+    sizes = [codebook_size] * num_levels if isinstance(codebook_size, int) else list(codebook_size)
+    if len(sizes) != num_levels or min(sizes) < 1:
+        raise ValueError(
+            f"codebook_size must be positive, or {name} = {num_levels} positive numbers, got {codebook_size}"
+        )
+    return tuple(sizes)
+
+
 def _check_sizes(sizes: list[int]) -> None:
     if not sizes:
         raise ValueError("codebooks must have at least one level, got none")

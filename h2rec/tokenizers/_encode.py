@@ -31,19 +31,6 @@ class EncodeProgress(NamedTuple):
 OnEncode = Callable[[EncodeProgress], None]
 
 
-def level_sizes(
-    num_levels: int, codebook_size: int | Sequence[int], name: str = "num_levels"
-) -> tuple[int, ...]:
-    if num_levels < 1:
-        raise ValueError(f"{name} must be at least 1, got {num_levels}")
-    sizes = [codebook_size] * num_levels if isinstance(codebook_size, int) else list(codebook_size)
-    if len(sizes) != num_levels or min(sizes) < 1:
-        raise ValueError(
-            f"codebook_size must be positive, or {name} = {num_levels} positive numbers, got {codebook_size}"
-        )
-    return tuple(sizes)
-
-
 def num_rows(vectors: VectorSource) -> int | None:
     """How many rows there will be, where that is known; the length of a collection is that of its batches."""
     if not isinstance(vectors, Tensor | np.ndarray) and not callable(vectors):

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from h2rec.ops._codebooks import level_sizes
 from h2rec.ops.kmeans import Progress, fit_codebooks
 from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 from h2rec.semantic_ids import SemanticIds
-from h2rec.tokenizers._encode import OnEncode, encode, level_sizes
+from h2rec.tokenizers._encode import OnEncode, encode
 from h2rec.tokenizers.checkpoint import Checkpoint
 
 

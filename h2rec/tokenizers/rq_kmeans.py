@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from h2rec.ops._codebooks import level_sizes
 from h2rec.ops.kmeans import Progress, fit_codebooks
 from h2rec.ops.vector_batches import VectorSource
 from h2rec.semantic_ids import SemanticIds
-from h2rec.tokenizers._encode import OnEncode, encode, level_sizes
+from h2rec.tokenizers._encode import OnEncode, encode
 from h2rec.tokenizers.checkpoint import Checkpoint
 
 

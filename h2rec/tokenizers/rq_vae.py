@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from h2rec._files import save_safetensors
 from h2rec.layers import ResidualQuantizer
+from h2rec.ops._codebooks import level_sizes
 from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 from h2rec.semantic_ids import SemanticIds
-from h2rec.tokenizers._encode import OnEncode, encode, level_sizes, num_rows
+from h2rec.tokenizers._encode import OnEncode, encode, num_rows
 from h2rec.tokenizers.checkpoint import Checkpoint, digest, fingerprint
 
 _FORMAT = "h2rec.rq_vae"

@@ -270,3 +270,10 @@ def test_ids_out_of_range(name, monkeypatch, device):
     monkeypatch.setenv("H2REC_CHECK_VALUES", "1")
     with pytest.raises(ValueError, match=rf"item_ids must lie in \[0, {NUM_ITEMS}\)"):
         LAYERS[name]().to(device)(torch.tensor([NUM_ITEMS], device=device))
+
+
+@pytest.mark.parametrize("layer", [SemanticEmbedding, HarmonizedEmbedding])
+@pytest.mark.parametrize(("sids", "kind"), [("sids.safetensors", "str"), (make_sids().codes, "Tensor")])
+def test_wants_semantic_ids(layer, sids, kind):
+    with pytest.raises(TypeError, match=f"sids must be SemanticIds .*, got {kind}"):
+        layer(sids, DIM)

@@ -113,3 +113,8 @@ def test_bad_input():
         layer.fit(torch.randn(10, 5))
     with pytest.raises(ValueError, match=r"codes must have shape \[\*, 2\], got \[4, 3\]"):
         layer.decode(torch.zeros(4, 3, dtype=torch.int32))
+    before = copy.deepcopy(layer.state_dict())
+    for call in (layer, layer.encode):
+        with pytest.raises(ValueError, match=r"x must have shape \[\*, 3\], got \[3, 2\]"):
+            call(torch.randn(3, 2))  # as many numbers as two rows have
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())

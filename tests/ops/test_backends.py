@@ -159,6 +159,5 @@ def test_show_config_names_every_operator_and_backend(capsys):
 
 
 @pytest.mark.skipif(_backends.extension_error() is not None, reason="h2rec._C is not built")
-def test_an_extension_older_than_the_kernel_does_not_serve(monkeypatch):
-    monkeypatch.setattr(_backends, "_CPP_OPERATORS", ("not_yet_compiled",))
-    assert "was built before" in _backends.why_not("cpp", "not_yet_compiled", "cpu")
+def test_an_extension_older_than_the_kernel_does_not_serve():
+    assert "older than its kernel" in _backends.why_not("cpp", "not_yet_compiled", "cpu")
