@@ -7,8 +7,10 @@ from torch.autograd.function import once_differentiable
 
 from h2rec import ops
 from h2rec.layers.hash_embedding import HashEmbedding
-from h2rec.ops._checks import check_items
+from h2rec.ops._checks import check_integer, check_items
 from h2rec.reference.harmonized_embedding import hash_rows
+
+_REFUSED = -1  # told in the place of a count
 
 
 class RowShardedEmbedding(nn.Module):
@@ -28,7 +30,9 @@ class RowShardedEmbedding(nn.Module):
     ``sparse`` its gradient is sparse, which `h2rec.optim.RowwiseAdagrad` takes.
 
     Raises:
-        ValueError: a process gets no row; in forward, ids out of range.
+        ValueError: a process gets no row; in forward, ids out of range, in this process or in another: all of them
+            raise then, and can go on together.
+        TypeError: in forward, ids that are no integers.
     """
 
     def __init__(self, layer: HashEmbedding, group: dist.ProcessGroup | None = None) -> None:
@@ -51,7 +55,13 @@ class RowShardedEmbedding(nn.Module):
         self.table = nn.Embedding(*rows.shape, sparse=layer.table.sparse, _weight=rows.clone())
 
     def forward(self, item_ids: Tensor) -> Tensor:
-        check_items(item_ids, None, (), self.num_embeddings, self.padding_idx)
+        try:
+            check_integer("item_ids", item_ids)
+            check_items(item_ids, None, (), self.num_embeddings, self.padding_idx)
+        except (TypeError, ValueError):  # the others wait for this process's counts
+            world_size = dist.get_world_size(self.group)
+            self._tell(torch.full((world_size,), _REFUSED, device=item_ids.device))
+            raise
         ids = item_ids.flatten().to(torch.int64)
         kept = torch.ones_like(ids, dtype=torch.bool) if self.padding_idx is None else ids != self.padding_idx
         rows = hash_rows(ids[kept], None, self._mode, self.hash_constants, self._divisor, self.num_rows)
@@ -65,15 +75,22 @@ class RowShardedEmbedding(nn.Module):
         owners = rows // self.rows_per_process
         order = owners.argsort(stable=True)
         counts = torch.bincount(owners, minlength=world_size)
-        asked_counts = torch.empty_like(counts)
-        dist.all_to_all_single(asked_counts, counts, group=self.group)
-        send, receive = counts.tolist(), asked_counts.tolist()
+        send, receive = counts.tolist(), self._tell(counts)
+        refused = [rank for rank, count in enumerate(receive) if count == _REFUSED]
+        if refused:
+            raise ValueError(f"item_ids: expected legal ids in all processes, got others in {refused}")
         asked = _exchange(rows[order], send, receive, self.group)
         _, own = ops.harmonized_embedding(
             asked - self.first_row, None, None, self.table.weight, sparse=self.table.sparse
         )
         vectors = _Exchange.apply(own, receive, send, self.group)
         return torch.empty_like(vectors).index_copy(0, order, vectors)
+
+    def _tell(self, counts: Tensor) -> list[int]:
+        """How many rows each process asks of this one, which asks ``counts [W]`` of them."""
+        asked = torch.empty_like(counts)
+        dist.all_to_all_single(asked, counts, group=self.group)
+        return asked.tolist()
 
     def extra_repr(self) -> str:
         last = self.first_row + len(self.table.weight) - 1

@@ -50,6 +50,25 @@ def check_as_whole(name: str, rank: int, count: int) -> None:
         weight.grad = table.grad = None
 
 
+def check_all_hear_of_bad_ids(rank: int, count: int) -> None:
+    """None waits for the one that refuses its ids, and the layer works afterwards."""
+    torch.manual_seed(0)
+    layer = HashEmbedding(NUM_ITEMS, D)
+    sharded = RowShardedEmbedding(layer)
+    other = rf"item_ids: expected legal ids in all processes, got others in \[{count - 1}\]"
+    bad = (torch.tensor([3, 50]), ValueError, r"item_ids must lie in \[0, 50\)")
+    no_integers = (torch.tensor([3.0]), TypeError, "item_ids must be an integer tensor, got torch.float32")
+    for ids, error, message in (bad, no_integers):
+        if rank != count - 1:
+            ids, error, message = torch.tensor([1, 2, 49]), ValueError, other
+        with pytest.raises(error, match=message):
+            sharded(ids)
+        with pytest.raises(ValueError, match=r"item_ids must lie in \[0, 50\)"):  # each says its own
+            sharded(torch.tensor([-1 - rank]))
+        ids = torch.arange(rank, NUM_ITEMS, count)
+        assert torch.equal(sharded(ids), layer(ids))
+
+
 def one_rank(rank: int, count: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=count)
@@ -63,8 +82,7 @@ def one_rank(rank: int, count: int, store: str) -> None:
             ValueError, match=f"group: expected processes that get a row .* of 1, .*got {count}"
         ):
             RowShardedEmbedding(HashEmbedding(1, D))
-        with pytest.raises(ValueError, match=r"item_ids must lie in \[0, 50\)"):
-            RowShardedEmbedding(HashEmbedding(NUM_ITEMS, D))(torch.tensor([50]))
+        check_all_hear_of_bad_ids(rank, count)
     finally:
         dist.destroy_process_group()
 
