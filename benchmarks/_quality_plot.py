@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from h2rec.data import POPULARITY_BANDS
 
-from ._quality_report import CHAMPION, by_variant, mean_metric
+from ._quality_report import CHAMPION, by_variant, mean_metric, of_common_seeds
 
 Cells = Sequence[dict[str, Any]]
 
@@ -73,16 +73,13 @@ def _draw_ablation(axes: Axes, groups: dict[str, Cells]) -> None:
     """What leaving a part out changes: to the left the part earns its place."""
     if CHAMPION not in groups:
         return
-    whole = groups[CHAMPION]
-    variants = [variant for variant in groups if variant != CHAMPION]
+    pairs = {v: of_common_seeds(groups[CHAMPION], group) for v, group in groups.items() if v != CHAMPION}
+    pairs = {variant: pair for variant, pair in pairs.items() if pair[0]}
     for offset, group in ((-0.27, "overall"), (0, "head"), (0.27, "tail")):
-        before = mean_metric(whole, "full", group)
-        after = [mean_metric(groups[variant], "full", group) for variant in variants]
-        changes = [100 * (value / before - 1) if before > 0 else 0.0 for value in after]
-        axes.barh([y + offset for y in range(len(variants))], changes, 0.25, label=group)
-    axes.set_yticks(
-        range(len(variants)), [v.removeprefix(f"{CHAMPION}-").replace("-", " ") for v in variants]
-    )
+        values = [[mean_metric(cells, "full", group) for cells in pair] for pair in pairs.values()]
+        changes = [100 * (after / before - 1) if before > 0 else 0.0 for before, after in values]
+        axes.barh([y + offset for y in range(len(pairs))], changes, 0.25, label=group)
+    axes.set_yticks(range(len(pairs)), [v.removeprefix(f"{CHAMPION}-").replace("-", " ") for v in pairs])
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=1)
     axes.set_xlabel(f"change of NDCG@10 against {CHAMPION}, %")

@@ -49,7 +49,15 @@ def mean_metric(cells: Sequence[dict[str, Any]], ranking: str, group: str, metri
 
 
 def by_variant(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    return {v: [c for c in cells if c["variant"] == v] for v in dict.fromkeys(c["variant"] for c in cells)}
+    """Variant -> its cells; H2Rec last."""
+    variants = sorted({cell["variant"] for cell in cells}, key=lambda v: (v == CHAMPION, v))
+    return {v: [cell for cell in cells if cell["variant"] == v] for v in variants}
+
+
+def of_common_seeds(*groups: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The cells of each group with the seeds that all groups have: seeds differ as much as models do."""
+    seeds = set.intersection(*({cell["seed"] for cell in group} for group in groups))
+    return [[cell for cell in group if cell["seed"] in seeds] for group in groups]
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
@@ -79,21 +87,27 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def significance(cells: Sequence[dict[str, Any]], folder: Path) -> str:
-    """H2Rec against every other variant, on each slice, paired over users: difference, interval, p."""
+    """H2Rec against every other variant, on each slice, paired over users: difference, interval, p.
+
+    With several seeds a user's value is its mean over those that both have.
+    """
     groups = by_variant(cells)
     if CHAMPION not in groups:
         return ""
     if len({cell_ranks(cell, folder)["users"].tobytes() for cell in cells}) > 1:
         return "No significance: with `eval_users` each seed ranks other users.\n"
-    head = ("h2rec against", *(f"{ranking} {s}" for ranking in ("full", "sampled") for s in SLICES))
+    head = ("h2rec against", "seeds", *(f"{ranking} {s}" for ranking in ("full", "sampled") for s in SLICES))
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for variant in groups:
         if variant == CHAMPION:
             continue
-        row = [variant]
+        pair = of_common_seeds(groups[CHAMPION], groups[variant])
+        if not pair[0]:
+            continue
+        row = [variant, str(len(pair[0]))]
+        members = slices_of(pair[0][0], folder).values()
         for ranking in ("full", "sampled"):
-            ours, theirs = (user_gains(groups[v], folder, ranking) for v in (CHAMPION, variant))
-            members = slices_of(groups[CHAMPION][0], folder).values()
+            ours, theirs = (user_gains(group, folder, ranking) for group in pair)
             row += [describe(*paired_bootstrap(ours[m], theirs[m])) for m in members]
         lines.append("| " + " | ".join(row) + " |")
     note = f"Relative difference of NDCG@10, 95 % interval, p (two-sided); {RESAMPLES:,} paired resamples of users.\n"

@@ -170,6 +170,22 @@ def test_only_ranks_of_the_same_users_are_paired(of_seed_1, tmp_path):
     assert is_said == (of_seed_1 == [1, 4, 6])
 
 
+def test_seeds_that_only_one_model_has_are_not_compared(tmp_path):
+    cells = []
+    for variant, seed, rank in (("h2rec", 0, 2), ("h2rec", 1, 1), ("hash", 0, 2), ("sum", 2, 1)):
+        cells.append({"data": "shop", "variant": variant, "seed": seed})
+        np.savez(
+            tmp_path / f"shop.{variant}.{seed}.npz",
+            users=np.arange(3),
+            full=np.full(3, rank),
+            sampled=np.full(3, rank),
+            is_head=np.array([True, False, False]),
+        )
+    lines = significance(cells, tmp_path).splitlines()[2:]
+    assert lines[0].startswith("| hash | 1 | +0.0 %")
+    assert not any(line.startswith("| sum") for line in lines)
+
+
 def test_bootstrap_ends():
     zeros, ones = np.zeros(10), np.ones(10)
     assert paired_bootstrap(zeros, zeros)[3] == 1
