@@ -94,7 +94,7 @@ def evaluate(
             )
         metrics[name] = {"test": test}
     result = {"models": metrics, "ranking": ranking}
-    print_results(ReportedRun(run.name, result, {}))
+    print_results(ReportedRun(run.name, result, {}, {}))
     if output is not None:
         write_json(output, result)
         console.print(f"The metrics are in [bold]{output}[/]", highlight=False, soft_wrap=True)

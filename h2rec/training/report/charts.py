@@ -30,7 +30,7 @@ def band_chart(run: ReportedRun) -> str:
     """NDCG@10 of the full ranking by training popularity of the held-out item, a bar per model."""
     bands = [band for band in run.bands() if run.count(band)]
     figure, axes = _figure(9.2, 3.4)
-    width = 0.8 / max(len(run.models), 1)
+    width = 0.8 / len(run.models)
     for i, model in enumerate(run.models):
         heights = [run.value(model, "full", band, "NDCG@10") for band in bands]
         places = [x + (i - (len(run.models) - 1) / 2) * width for x in range(len(bands))]
@@ -74,27 +74,16 @@ def curve_chart(run: ReportedRun, column: str, label: str) -> str:
     """A column of the models' metrics.csv by epoch; the epoch whose weights were kept is marked."""
     figure, axes = _figure(4.8, 3.7)
     for model in run.models:
-        curve = run.curves.get(model, {})
-        points = [
-            (epoch, value)
-            for epoch, value in zip(curve.get("epoch", []), curve.get(column, []), strict=False)
-            if math.isfinite(value)
-        ]
-        if not points:
-            continue
+        epochs, values = run.curves[model]["epoch"], run.curves[model][column]
         place = _place(run, model)
         colour = _colour(run, model)
-        axes.plot(
-            *zip(*points, strict=True), color=colour, dashes=_DASHES[place], label=_text(run.label(model))
-        )
-        best = run.metrics["models"][model].get("best_epoch")
-        kept = [point for point in points if point[0] == best]
-        axes.plot(*zip(*(kept or points[-1:]), strict=True), _MARKERS[place], color=colour, markersize=6)
+        axes.plot(epochs, values, color=colour, dashes=_DASHES[place], label=_text(run.label(model)))
+        best = run.metrics["models"][model]["best_epoch"]
+        axes.plot(best, values[epochs.index(best)], _MARKERS[place], color=colour, markersize=6)
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if axes.lines:
-        _legend(axes, columns=2)
+    _legend(axes, columns=2)
     return _svg(figure, f"curve-{column}", f"{label} by epoch, one line per model")
 
 

@@ -19,16 +19,16 @@ _NO_VALUE = "\N{EN DASH}"
 
 def render(run: ReportedRun) -> str:
     """The whole page."""
-    negatives = run.metrics.get("ranking", {}).get("negatives", 100)
+    negatives = run.metrics["ranking"]["negatives"]
     sections = [
         _headline(run),
         _section("Head and tail", _protocol_tables(run, negatives), _read_tables(run, negatives)),
-        _section("By popularity", _wide_figure(charts.band_chart(run)), _READ_BANDS) if run.bands() else "",
+        _section("By popularity", _wide_figure(charts.band_chart(run)), _READ_BANDS),
         '<div class="pair">',
         _section("Head against tail", _figure(charts.head_tail_chart(run)), _READ_SCATTER),
-        _section("Semantic IDs", *_codebooks(run)) if run.metrics.get("sid_stats") else "",
+        _section("Semantic IDs", _codebooks(run), _READ_CODEBOOKS),
         "</div>",
-        _learning_curves(run),
+        _section("Learning curves", _learning_curves(run), _READ_CURVES),
         _section("Models", _models_table(run), ""),
         _section("All metrics", _all_metrics(run, negatives), ""),
         _section("Settings", _settings(run), _READ_SETTINGS),
@@ -39,7 +39,7 @@ def render(run: ReportedRun) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>h2rec: {title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in sections if part)
+        + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
 
@@ -69,8 +69,7 @@ _READ_SETTINGS = (
 
 
 def _read_tables(run: ReportedRun, negatives: int) -> str:
-    masked = run.metrics.get("ranking", {}).get("history_masked", False)
-    history = "left out of" if masked else "ranked with"
+    history = "left out of" if run.metrics["ranking"]["history_masked"] else "ranked with"
     noise = ""
     tail, count = run.value(_lead_model(run), "full", "tail", "HR@10"), run.count("tail")
     if count and not math.isnan(tail):
@@ -103,8 +102,7 @@ def _lead_model(run: ReportedRun) -> str:
 
 
 def _headline(run: ReportedRun) -> str:
-    data = run.metrics.get("data", {})
-    facts = [f"{data[what]:,} {what}" for what in ("users", "items", "interactions") if what in data]
+    facts = [f"{run.metrics['data'][what]:,} {what}" for what in ("users", "items", "interactions")]
     lead = _lead_model(run)
     cards = []
     for group, name in _GROUPS:
@@ -124,11 +122,7 @@ def _headline(run: ReportedRun) -> str:
 
 def _protocol_tables(run: ReportedRun, negatives: int) -> str:
     protocols = (("full", "Full ranking"), ("sampled", f"{negatives} sampled negatives"))
-    return "\n".join(
-        f"<h3>{title}</h3>\n{_head_tail_table(run, protocol)}"
-        for protocol, title in protocols
-        if any(protocol in run.metrics["models"][model].get("test", {}) for model in run.models)
-    )
+    return "\n".join(f"<h3>{title}</h3>\n{_head_tail_table(run, protocol)}" for protocol, title in protocols)
 
 
 def _head_tail_table(run: ReportedRun, protocol: str) -> str:
@@ -170,24 +164,22 @@ def _swatch(run: ReportedRun, model: str) -> str:
     return f'<i class="swatch" style="background:var({colour})"></i>{escape(run.label(model))}'
 
 
-def _codebooks(run: ReportedRun) -> tuple[str, str]:
+def _codebooks(run: ReportedRun) -> str:
     stats = run.metrics["sid_stats"]
     facts = (
         f"<p>{stats['num_items']:,} items have {stats['distinct']:,} distinct semantic IDs; "
-        f"{_percent(stats['collision_rate'])} of the items share theirs with another, and the largest group that "
+        f"{stats['collision_rate']:.1%} of the items share theirs with another, and the largest group that "
         f"shares one has {stats['largest_group']:,} items.</p>"
     )
-    return _figure(charts.codebook_chart(run)) + facts, _READ_CODEBOOKS
+    return _figure(charts.codebook_chart(run)) + facts
 
 
 def _learning_curves(run: ReportedRun) -> str:
-    if not any(run.curves.values()):
-        return ""
     figures = "".join(
         _figure(charts.curve_chart(run, column, label))
         for column, label in (("valid_NDCG@10", "validation NDCG@10"), ("train_loss", "training loss"))
     )
-    return _section("Learning curves", f'<div class="figures">{figures}</div>', _READ_CURVES)
+    return f'<div class="figures">{figures}</div>'
 
 
 def _models_table(run: ReportedRun) -> str:
@@ -195,10 +187,8 @@ def _models_table(run: ReportedRun) -> str:
     for model in run.models:
         facts = run.metrics["models"][model]
         cells = (
-            _whole(facts.get("parameters")),
-            _whole(facts.get("epochs")),
-            _whole(facts.get("best_epoch")),
-            _duration(facts.get("seconds")),
+            *(f"{facts[name]:,}" for name in ("parameters", "epochs", "best_epoch")),
+            _duration(facts["seconds"]),
         )
         row = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f'<tr><th scope="row">{_swatch(run, model)}</th>{row}</tr>')
@@ -231,27 +221,19 @@ def _all_metrics(run: ReportedRun, negatives: int) -> str:
 
 
 def _settings(run: ReportedRun) -> str:
-    if not run.config:
-        return "<p>The run directory has no config.json.</p>"
     rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in _flat(run.config).items()
+        f"<div><dt>{escape(name)}</dt><dd>{escape(_setting(value))}</dd></div>"
+        for name, value in run.config.items()
     )
     return f'<dl class="settings">{rows}</dl>'
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, str):
-            flat[prefix + name] = value
-        elif isinstance(value, list):
-            flat[prefix + name] = ", ".join(str(part) for part in value)
-        else:
-            flat[prefix + name] = _NO_VALUE if value is None else json.dumps(value)
-    return flat
+def _setting(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return _NO_VALUE if value is None else json.dumps(value)
 
 
 def _number(value: float) -> str:
@@ -263,17 +245,7 @@ def _gain(gain: float) -> str:
     return f'<span class="{"up" if gain >= 0 else "down"}">{sign}{abs(gain):.1%}</span>'
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _whole(value: float | None) -> str:
-    return _NO_VALUE if value is None else f"{value:,.0f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return _NO_VALUE
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

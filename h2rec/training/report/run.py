@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ class ReportedRun:
 
     name: str
     metrics: dict[str, Any]  # metrics.json
-    config: dict[str, Any]  # config.json, {} when there is none
-    curves: dict[str, dict[str, list[float]]] = field(
-        default_factory=dict
-    )  # model -> column -> one value per epoch
+    config: dict[str, Any]  # config.json
+    curves: dict[str, dict[str, list[float]]]  # model -> column -> one value per epoch
 
     @property
     def models(self) -> list[str]:
@@ -40,23 +38,17 @@ class ReportedRun:
         return LABELS.get(model, model)
 
     def value(self, model: str, protocol: str, group: str, metric: str) -> float:
-        """A test metric, or NaN where the run has none. ``group`` is overall, head, tail, or a band such as "1-9"."""
-        of_protocol = self.metrics["models"][model].get("test", {}).get(protocol, {})
-        of_group = of_protocol.get("bands", {}).get(group) or of_protocol.get(group) or {}
-        value = of_group.get(metric)
+        """A test metric, NaN for a group of no users. ``group`` is overall, head, tail, or a band such as "1-9"."""
+        groups = self.metrics["models"][model]["test"][protocol]
+        value = (groups["bands"] | groups)[group][metric]
         return math.nan if value is None else float(value)
 
     def count(self, group: str) -> int:
         """Test users whose held-out item is in the group; the same for every model."""
-        counts = [self.value(model, "full", group, "count") for model in self.models]
-        return int(next((count for count in counts if not math.isnan(count)), 0))
+        return int(self.value(self.models[0], "full", group, "count"))
 
     def bands(self) -> list[str]:
-        for model in self.metrics["models"].values():
-            bands = model.get("test", {}).get("full", {}).get("bands")
-            if bands:
-                return list(bands)
-        return []
+        return list(self.metrics["models"][self.models[0]]["test"]["full"]["bands"])
 
     def gain(self, model: str, protocol: str, group: str, metric: str) -> float:
         """Relative difference to the model on hash IDs only; NaN where there is nothing to compare with."""
@@ -73,10 +65,8 @@ def read_run(run_dir: Path) -> ReportedRun:
     metrics = _read_json(metrics_path)
     if not isinstance(metrics.get("models"), dict) or not metrics["models"]:
         raise ValueError(f'{metrics_path} has no "models"')
-    config_path = run_dir / "config.json"
-    config = _read_json(config_path) if config_path.is_file() else {}
     curves = {model: _read_curves(run_dir / model / "metrics.csv") for model in metrics["models"]}
-    return ReportedRun(run_dir.resolve().name, metrics, config, curves)
+    return ReportedRun(run_dir.resolve().name, metrics, _read_json(run_dir / "config.json"), curves)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -90,16 +80,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_curves(path: Path) -> dict[str, list[float]]:
-    if not path.is_file():
-        return {}
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    columns = [name for name in (rows[0] if rows else {}) if name]
-    return {name: [_number(row[name]) for row in rows] for name in columns}
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return math.nan
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
