@@ -1,4 +1,4 @@
-"""The picture of a run: a bar per column that is not the baseline. Needs matplotlib."""
+"""The picture of a run: a bar per column that is not the baseline."""
 
 from collections.abc import Sequence
 

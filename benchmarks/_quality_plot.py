@@ -1,4 +1,4 @@
-"""The pictures of `benchmarks.quality`. Needs matplotlib."""
+"""The pictures of `benchmarks.quality`."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,6 +1,5 @@
 """What the cells of `benchmarks.quality` say together: a table, tests of significance, pictures."""
 
-import importlib.util
 import json
 import statistics
 from collections.abc import Sequence
@@ -19,7 +18,9 @@ _CHUNK = 2**22  # drawn users at a time
 
 
 def write_report(output: Path) -> Path:
-    """Writes ``report.md`` and, with matplotlib, the pictures beside it, from all cells of the folder."""
+    """Writes ``report.md`` and the pictures beside it, from all cells of the folder."""
+    from ._quality_plot import draw  # which imports from here
+
     cells = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
     parts = [
         "# Quality\n\nTest users; mean over seeds. Full: against the whole catalog. Sampled: against 100 negatives.\n"
@@ -30,12 +31,9 @@ def write_report(output: Path) -> Path:
     path = output / "report.md"
     with replacing(path) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
-    if importlib.util.find_spec("matplotlib"):
-        from ._quality_plot import draw
-
-        for name, figure in draw(cells).items():
-            with replacing(output / f"{name}.png") as temporary:
-                figure.savefig(temporary, dpi=130)
+    for name, figure in draw(cells).items():
+        with replacing(output / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=130)
     return path
 
 

@@ -1,15 +1,20 @@
 """Comparisons as a table, as JSON and as a picture."""
 
-import importlib.util
 import io
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from h2rec._files import replacing
+
 from ._harness import Comparison
+from ._plot import draw_ratios
 
 HEADER = ("case", "shape", "column", "median", "ratio", "spread", "rate", "peak memory")
 DISTURBED_CPUS = 0.1  # a small machine has a daemon or two; more than this is seen in the times
@@ -67,15 +72,14 @@ def format_amount(amount: float, unit: str) -> str:
 
 
 def render_tables(comparisons: Sequence[Comparison], width: int) -> str:
-    """A table per operator, by rich where it is installed; columns that would be empty are left out."""
+    """A table per operator; columns that would be empty are left out."""
     by_operator = groupby(sorted(comparisons, key=lambda c: c.operator), key=lambda c: c.operator)
-    render = _render_rich if importlib.util.find_spec("rich") else _render_plain
     parts = []
     for operator, group in by_operator:
         rows = [HEADER, *(row for comparison in group for row in _without_repeats(table_rows(comparison)))]
         columns = [cells for cells in zip(*rows, strict=True) if any(cells[1:])]
         header, *body = zip(*columns, strict=True)
-        parts.append(render(operator, header, body, width))
+        parts.append(_render(operator, header, body, width))
     return "\n".join([*parts, FOOTNOTE, *_disturbances(comparisons)])
 
 
@@ -93,20 +97,7 @@ def _without_repeats(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [row if i == 0 else ("", "", *row[2:]) for i, row in enumerate(rows)]
 
 
-def _render_plain(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], width: int) -> str:
-    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
-        for row in [header, tuple("-" * size for size in widths), *rows]
-    ]
-    return "\n".join(["", title, *lines])
-
-
-def _render_rich(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], width: int) -> str:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+def _render(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]], width: int) -> str:
     table = Table(title=title, title_justify="left")
     for name in header:
         right = name in ("median", "ratio", "peak memory")
@@ -166,25 +157,11 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_png(path: Path, comparisons: Sequence[Comparison], caption: str) -> bool:
-    """Bars of the ratios, with their spread; False where matplotlib is not installed."""
-    if not importlib.util.find_spec("matplotlib"):
-        return False
-    from ._plot import draw_ratios
-
-    figure = draw_ratios(comparisons, caption)
-    _write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    return True
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_png(path: Path, comparisons: Sequence[Comparison], caption: str) -> None:
+    """Bars of the ratios, with their spread."""
+    with replacing(path) as temporary:
+        draw_ratios(comparisons, caption).savefig(temporary, dpi=120)

@@ -4,14 +4,12 @@
     python -m benchmarks.catalog_scaling step 1M --output runs/scaling --model h2rec
     python -m benchmarks.catalog_scaling report --output runs/scaling
 
-Each call measures one size and leaves a JSON file in the output folder; ``report`` makes a table and, with matplotlib,
-a plot of all that are there. Tokenizing is k-means of two levels (two passes each, and what leads up to them) and the
-codes of all items. Steps are those of `h2rec.training`, of batches that all have 256 sequences of 20 items, with random
-codes.
+Each call measures one size and leaves a JSON file in the output folder; ``report`` makes a table and a plot of all
+that are there. Tokenizing is k-means of two levels (two passes each, and what leads up to them) and the codes of all
+items. Steps are those of `h2rec.training`, of batches that all have 256 sequences of 20 items, with random codes.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import time
@@ -23,6 +21,7 @@ import numpy as np
 import polars as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
 
 from h2rec import SemanticIds
 from h2rec._files import replacing
@@ -131,16 +130,13 @@ def report(output: Path) -> str:
     text = "\n".join(lines) + "\n"
     with replacing(output / "scaling.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    if importlib.util.find_spec("matplotlib"):
-        with replacing(output / "scaling.png") as temporary:
-            draw(found).savefig(temporary, dpi=130)
+    with replacing(output / "scaling.png") as temporary:
+        draw(found).savefig(temporary, dpi=130)
     return text
 
 
-def draw(found: list[dict[str, Any]]) -> Any:
+def draw(found: list[dict[str, Any]]) -> Figure:
     """Left: tokenizing, and a straight line through its smallest size. Right: steps, median and 10 to 90 %."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     tokenized = [one for one in found if one["kind"] == "tokenize"]

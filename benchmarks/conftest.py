@@ -147,11 +147,11 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
     name = f"{_device(config).type}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = config.getoption("--bench-output")
-    written = [folder / f"{name}.json"]
-    write_json(written[0], as_json(comparisons, machine))
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, picture = folder / f"{name}.json", folder / f"{name}.png"
+    write_json(numbers, as_json(comparisons, machine))
     processor = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     caption = f"{processor}, torch {machine['versions']['torch']}"
-    if write_png(folder / f"{name}.png", comparisons, caption):
-        written.append(folder / f"{name}.png")
+    write_png(picture, comparisons, caption)
     terminalreporter.write_line(caption)
-    terminalreporter.write_line(f"written: {', '.join(map(str, written))}")
+    terminalreporter.write_line(f"written: {numbers}, {picture}")

@@ -11,7 +11,6 @@ report is written anew after every cell, from all cells of the output folder.
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -157,10 +156,7 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
     """Trains and tests one model, and leaves ``DATA.MODEL.SEED.json`` and the test ranks of its users, ``.npz``."""
     run = options.output / "runs" / cell.name
     config = make_config(cell, options).with_absolute_paths()
-    resume = (run / "config.json").exists()
-    if not resume and run.exists():  # killed before its first epoch
-        shutil.rmtree(run)
-    metrics = train_run(config, run, resume=resume)
+    metrics = train_run(config, run, resume=(run / "config.json").exists())
     model = VARIANTS[cell.variant].model
     folder = options.output / "cells"
     ranks = np.load(run / model / "ranks.npz")
