@@ -61,9 +61,8 @@ def options(
 ) -> None:
     """Recommend with semantic and hash IDs together: from a catalog and a log to a trained model.
 
-    Example, from nothing to a table and a report in a few minutes:
-
     \b
+    Example, from nothing to a table and a report in a few minutes:
         h2rec demo
 
     Every command shows examples of its own: h2rec train --help
@@ -74,9 +73,8 @@ def options(
 def config() -> None:
     """Show what of h2rec is built, what is usable here, and why the rest is not.
 
-    Example:
-
     \b
+    Example:
         h2rec config
     """
     import h2rec

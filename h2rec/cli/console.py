@@ -23,8 +23,9 @@ _METRICS = ("HR@10", "NDCG@10")
 def head_tail_table(run: ReportedRun, protocol: str, title: str) -> Table:
     """The models of a run, on all, head and tail items; best value bold, relative difference to hash only below."""
     users, head, tail = (f"{run.count(group):,}" for group, _ in _GROUPS)
+    compared = "\nin percent: relative to hash" if len(run.models) > 1 and "hash" in run.models else ""
     table = Table(
-        title=f"[bold]{title}[/]\n{users} users: {head} with a head item next, {tail} with a tail item",
+        title=f"[bold]{title}[/]\n{users} users: {head} with a head item next, {tail} with a tail item{compared}",
         title_justify="left",
         title_style="",
         box=SIMPLE_HEAD,
@@ -34,9 +35,7 @@ def head_tail_table(run: ReportedRun, protocol: str, title: str) -> Table:
     for _, name, metric in columns:
         table.add_column(f"{name}\n{metric}", justify="right")
     best = {
-        (group, metric): max(
-            (run.value(model, protocol, group, metric) for model in run.models), default=math.nan
-        )
+        (group, metric): max(run.value(model, protocol, group, metric) for model in run.models)
         for group, _, metric in columns
     }
     for model in run.models:

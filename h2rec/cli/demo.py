@@ -28,12 +28,10 @@ def demo(
 ) -> None:
     """Train on MovieLens-100k: semantic IDs, four models, the table, the report, a recommendation.
 
-    Needs no network: the films and ratings come with the recbole package, of which nothing else is used.
-    Run it again to go on where it was interrupted, or to see the results once more.
-
-    Example:
+    Needs no network: films and ratings come with the recbole package. Repeated, it goes on where it was interrupted.
 
     \b
+    Example:
         pip install "h2rec\\[train,text]" && pip install --no-deps recbole
         h2rec demo
     """

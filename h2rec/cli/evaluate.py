@@ -52,9 +52,8 @@ def evaluate(
 ) -> None:
     """Rank the test items again with the best checkpoints of a run, and print the table; the run stays as it is.
 
-    Example:
-
     \b
+    Example:
         h2rec evaluate runs/shop
         h2rec evaluate runs/shop --models sum,h2rec --mask-history --negatives 500
     """

@@ -43,9 +43,8 @@ def export(
 ) -> None:
     """Write what serving needs, in formats that are read without h2rec: item vectors, semantic IDs, user encoder.
 
-    Example:
-
     \b
+    Example:
         h2rec export runs/shop exported/shop
         h2rec export runs/shop exported/sum --model sum --faiss --aot
     """

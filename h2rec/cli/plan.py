@@ -41,14 +41,12 @@ def plan(
         bool, typer.Option("--dense", help="AdamW on the whole table, instead of row-wise Adagrad.")
     ] = False,
 ) -> None:
-    """Say what training H2Rec on a catalog costs: memory, and time on four GPUs, from counted bytes and operations.
+    """Estimate the memory and the least time of training H2Rec on a catalog, on four kinds of GPU.
 
-    Times are floors: what takes longest of memory, products, instructions and network, at the rates of the data
-    sheets. A step of small work takes longer, for it waits for its launches.
-
-    Example:
+    From counted bytes and operations, at the rates of data sheets. Small steps take longer: they wait for launches.
 
     \b
+    Example:
         h2rec plan --items 100M --dim 128 --levels 4 --codebook 8192 --gpus 8
         h2rec plan --items 2M --batch 128 --length 200 --dense
     """
@@ -56,6 +54,7 @@ def plan(
     console.print(_memory_table(planned))
     console.print(_work_table("One training step, of each GPU", planned.step(), total=True))
     console.print(_work_table("Beside training, of each GPU", planned.once(), total=False))
+    console.print("\nbound by m: memory, p: products, i: instructions, n: network\n", style="dim")
     for device in GPUS:
         console.print(_summary(planned, device), highlight=False, soft_wrap=True)
     console.print("\nRates: NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200 SXM, HGX B200).", style="dim")
@@ -96,8 +95,6 @@ def _work_table(title: str, work: list[Work], *, total: bool) -> Table:
         times = (_seconds(sum(part.seconds(device) for part in work)) for device in GPUS)
         table.add_section()
         table.add_row("together", *sums, *(f"{time}  " for time in times), style="bold")
-    table.caption = "bound by m: memory, p: products, i: instructions, n: network"
-    table.caption_justify = "left"
     return table
 
 
@@ -119,7 +116,9 @@ def _summary(planned: Plan, device: Device) -> str:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    # So narrow, names of operators fit into 80 columns.
+    narrow = {"box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
+    return Table(title=f"\n{title}", title_justify="left", title_style="bold", **narrow)
 
 
 def _amount(amount: float, unit: str) -> str:
@@ -130,7 +129,7 @@ def _amount(amount: float, unit: str) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
+    return f"{seconds / 1e-9:.3g} ns"

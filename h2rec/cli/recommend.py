@@ -39,9 +39,8 @@ def recommend(
 ) -> None:
     """Print the items that a trained model expects next.
 
-    Example:
-
     \b
+    Example:
         h2rec recommend runs/demo --user 42
         h2rec recommend runs/demo --history 50,181,174 --model sum -k 5
     """

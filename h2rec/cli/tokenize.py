@@ -173,9 +173,8 @@ def tokenize(
 
     Item r of the result is row r of the items, or of the vectors. Interrupted, the same command goes on where it was.
 
-    Example:
-
     \b
+    Example:
         h2rec tokenize --items items.csv --item asin --text title --text category
         h2rec tokenize --embeddings vectors.npy --levels 3 --codebook-size 512
         h2rec tokenize --embeddings vectors.npy --method rq-vae --report q.png

@@ -260,9 +260,8 @@ def train(
 ) -> None:
     """Train H2Rec and the models that it improves on, compare them on head and tail items, and write a report.
 
-    Example:
-
     \b
+    Example:
         h2rec train --interactions log.parquet --sids sids.safetensors -o runs/a
         h2rec train --preset paper --interactions log.parquet \\
             --sids sids.safetensors -o runs/paper
