@@ -49,8 +49,8 @@ def make_table(num_rows: int, dim: int, rows_per_item: int, sparse: bool) -> nn.
 
 def make_hashing(
     mode: str, num_embeddings: int, num_buckets: int | None, num_hashes: int
-) -> tuple[Hashing, int]:
-    """The hashing of ids in [0, num_embeddings) and the number of rows of its table.
+) -> tuple[Hashing, int, int]:
+    """The hashing of ids in [0, num_embeddings), the number of rows of its table, and how many of them an id has.
 
     Raises:
         ValueError: an unknown mode, or a number of buckets that the mode cannot have.
@@ -60,18 +60,18 @@ def make_hashing(
             raise ValueError(
                 f"num_buckets must be None or num_embeddings = {num_embeddings} with mode='direct', got {num_buckets}"
             )
-        return Hashing.direct(), num_embeddings
+        return Hashing.direct(), num_embeddings, 1
     if mode == "multi":
         if num_buckets is None or num_buckets < 1:
             raise ValueError(f"num_buckets must be at least 1 with mode='multi', got {num_buckets}")
-        return Hashing.multi(num_hashes), num_buckets
+        return Hashing.multi(num_hashes), num_buckets, num_hashes
     if mode == "qr":
         if num_buckets is None:
             divisor = math.isqrt(max(num_embeddings - 1, 0)) + 1
         else:
             divisor = _divisor_for(num_embeddings, num_buckets)
         hashing = Hashing.qr(num_embeddings, min(divisor, num_embeddings))
-        return hashing, hashing.divisor + -(-num_embeddings // hashing.divisor)
+        return hashing, hashing.divisor + -(-num_embeddings // hashing.divisor), 2
     raise ValueError(f"mode must be one of 'direct', 'multi', 'qr', got {mode!r}")
 
 

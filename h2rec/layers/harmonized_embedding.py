@@ -59,7 +59,7 @@ class HarmonizedEmbedding(nn.Module):
         check_option("pooling", pooling, ("sum", "mean", "levels", "concat"))
         if pooling in ("levels", "concat") and fusion != "none":
             raise ValueError(f"fusion must be 'none' with pooling={pooling!r}, got {fusion!r}")
-        hashing, num_rows = make_hashing(mode, sids.num_items, num_buckets, num_hashes)
+        hashing, num_rows, rows_per_item = make_hashing(mode, sids.num_items, num_buckets, num_hashes)
         self.num_embeddings = sids.num_items
         self.embedding_dim = embedding_dim
         self.padding_idx = check_padding_idx(padding_idx, sids.num_items)
@@ -70,7 +70,6 @@ class HarmonizedEmbedding(nn.Module):
         self.register_buffer("codes", sids.codes.to(torch.get_default_device(), copy=True))
         self.register_buffer("hash_constants", hashing.constants)
         self.codebooks = make_codebooks(sids, embedding_dim)
-        rows_per_item = {"direct": 1, "qr": 2, "multi": num_hashes}[mode]
         self.table = make_table(num_rows, embedding_dim, rows_per_item, sparse)
         self.gate = nn.Linear(2 * embedding_dim, embedding_dim) if fusion == "gate" else None
 

@@ -50,14 +50,13 @@ class HashEmbedding(nn.Module):
         super().__init__()
         check_size("num_embeddings", num_embeddings)
         check_size("embedding_dim", embedding_dim)
-        hashing, num_rows = make_hashing(mode, num_embeddings, num_buckets, num_hashes)
+        hashing, num_rows, self.rows_per_item = make_hashing(mode, num_embeddings, num_buckets, num_hashes)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = check_padding_idx(padding_idx, num_embeddings)
         self.mode = mode
         self._divisor, self._num_items = hashing.divisor, hashing.num_items
         self.register_buffer("hash_constants", hashing.constants)
-        self.rows_per_item = {"direct": 1, "qr": 2, "multi": num_hashes}[mode]
         self.table = make_table(num_rows, embedding_dim, self.rows_per_item, sparse)
         if mode == "direct" and self.padding_idx is not None and self.padding_idx < num_rows:
             with torch.no_grad():

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +175,12 @@ class TrainConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}")
 
-        self._check_number("learning_rate", above=0.0)
-        self._check_number("table_learning_rate", above=0.0)
-        self._check_number("alignment_temperature", above=0.0)
+        for name in ("learning_rate", "table_learning_rate", "alignment_temperature"):
+            self._check_number(name, "above 0.0", lambda value: value > 0)
         for name in ("weight_decay", "alignment_weight", "granularity_weight"):
-            self._check_number(name, minimum=0.0)
-        self._check_number("dropout", minimum=0.0, below=1.0)
-        if self.target_smoothing is not None:
-            self._check_number("target_smoothing", minimum=0.0, below=1.0)
+            self._check_number(name, "at least 0.0", lambda value: value >= 0)
+        for name in ("dropout",) if self.target_smoothing is None else ("dropout", "target_smoothing"):
+            self._check_number(name, "at least 0.0 and below 1.0", lambda value: 0 <= value < 1)
 
         _check_choice("loss", self.loss, LOSSES)
         _check_choice("table_optimizer", self.table_optimizer, TABLE_OPTIMIZERS)
@@ -199,34 +197,12 @@ class TrainConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
 
-    def _check_number(
-        self,
-        name: str,
-        *,
-        minimum: float | None = None,
-        above: float | None = None,
-        below: float | None = None,
-    ) -> None:
+    def _check_number(self, name: str, expected: str, is_inside: Callable[[float], bool]) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {value!r}")
-        expected = [
-            text
-            for bound, text in (
-                (minimum, f"at least {minimum}"),
-                (above, f"above {above}"),
-                (below, f"below {below}"),
-            )
-            if bound is not None
-        ]
-        inside = (
-            math.isfinite(value)
-            and (minimum is None or value >= minimum)
-            and (above is None or value > above)
-            and (below is None or value < below)
-        )
-        if not inside:
-            raise ValueError(f"{name}: expected a number {' and '.join(expected)}, got {value!r}")
+        if not (math.isfinite(value) and is_inside(value)):
+            raise ValueError(f"{name}: expected a number {expected}, got {value!r}")
         object.__setattr__(self, name, float(value))
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,13 +71,10 @@ def recall(index: faiss.Index, model: SequentialModel, users: Tensor) -> float:
     exact, _ = ops.score_topk(users, model.item_vector_parts(), CUTOFF)
     exact = exact[:, : model.num_items]
     _, found = index.search(users.numpy(), exact.shape[1])
-    scores = torch.cat([_scores(model, *pair) for pair in zip(users.split(256), _rows(found), strict=True)])
+    parts = zip(users.split(256), torch.from_numpy(found).split(256), strict=True)
+    scores = torch.cat([_scores(model, *part) for part in parts])
     slack = 1e-6 * exact.abs().amax(1, keepdim=True)  # two sums of the same products
     return ((scores >= exact[:, -1:] - slack).sum() / exact.numel()).item()
-
-
-def _rows(found: np.ndarray) -> Iterator[Tensor]:
-    yield from torch.from_numpy(found).split(256)
 
 
 def _scores(model: SequentialModel, users: Tensor, items: Tensor) -> Tensor:
