@@ -20,6 +20,8 @@ _PLUS_PLUS_ROWS = 16
 _START_WIDTHS = (8, 16, 32, 64)
 # How far a codeword that splits another lies from it, in standard deviations of what is split.
 _SPLIT_DISTANCE = 0.01
+# Rows of a mini-batch whose sums one process forms.
+_SHARED_ROWS = 2048
 # Floats of the largest intermediate, scores [rows, K]: 16 MiB.
 _BLOCK_ELEMENTS = 4 << 20
 
@@ -60,7 +62,8 @@ def fit_codebooks(
         first: codebooks of the first levels, if these are known: the others become what they would have become.
         on_level: called with the codebooks so far after each level.
         group: processes that share the work: all call this with the same arguments, vectors included, each forms the
-            sums of its share of the batches, and all get the codebooks that one process would have got.
+            sums of its share of the batches (with ``mini_batch`` of each batch, 2048 rows at a time), and all get the
+            codebooks that one process would have got.
 
     Returns:
         One ``[K_l, D]`` fp32 tensor per level.
@@ -70,10 +73,6 @@ def fit_codebooks(
         TypeError: vectors can be read only once.
     """
     check_repeatable(vectors)
-    if mini_batch and group is not None:
-        raise ValueError(
-            "mini_batch does not go with group: a batch has to meet the means of those before it"
-        )
     sizes = list(sizes)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes must be positive, one for each level, got {sizes}")
@@ -83,7 +82,7 @@ def fit_codebooks(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= balance < torch.inf:
         raise ValueError(f"balance must be at least 0, got {balance}")
-    residuals = _Residuals(vectors, batch_size, group)
+    residuals = _Residuals(vectors, batch_size)
     if residuals.num_rows < max(sizes):
         raise ValueError(
             f"vectors must have at least as many rows as a level has codewords, {max(sizes)}, got {residuals.num_rows}"
@@ -102,7 +101,8 @@ def fit_codebooks(
         bounds = residuals.num_rows * largest, residuals.num_rows * sample.shape[1] * largest**2
         prices, previous = None, None
         for index in range(num_start_steps, num_iters):
-            codebook, counts, error = step(residuals.own_batches(), codebook, prices, bounds, group)
+            batches = residuals.batches(slice(None) if mini_batch else _share(group))
+            codebook, counts, error = step(batches, codebook, prices, bounds, group)
             if progress is not None:
                 progress(level, index, error)
             if balance:
@@ -123,11 +123,8 @@ def fit_codebooks(
 class _Residuals:
     """What the levels so far leave of the vectors: kept if these are in memory, else formed again from their codes."""
 
-    def __init__(
-        self, vectors: VectorSource, batch_size: int, group: dist.ProcessGroup | None = None
-    ) -> None:
-        self.vectors, self.batch_size, self.group = vectors, batch_size, group
-        self.share = slice(None) if group is None else slice(group.rank(), None, group.size())
+    def __init__(self, vectors: VectorSource, batch_size: int) -> None:
+        self.vectors, self.batch_size = vectors, batch_size
         self.codebooks: list[Tensor] = []
         self.codes: list[Tensor] = []  # of a stream: [N] int32 for each codebook
         in_memory = isinstance(vectors, Tensor) or (
@@ -156,10 +153,6 @@ class _Residuals:
                 batch = batch - codebook[codes[rows].to(batch.device)]
             yield batch
 
-    def own_batches(self) -> Iterator[Tensor]:
-        """Of this process; a batch is what it is whoever has it."""
-        return self.batches(self.share)
-
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """At most ``count`` different rows, in their order."""
         rows = torch.randperm(self.num_rows, generator=generator)[:count].sort().values
@@ -186,6 +179,11 @@ class _Residuals:
 
 
 _EMPTY = torch.zeros(0, 1)
+
+
+def _share(group: dist.ProcessGroup | None) -> slice:
+    """Which batches, or parts of one, are this process's; what is in them does not depend on the group."""
+    return slice(None) if group is None else slice(group.rank(), None, group.size())
 
 
 def _start(sample: Tensor, size: int, num_steps: int, generator: torch.Generator) -> Tensor:
@@ -279,19 +277,24 @@ def _lloyd_step(
     total = _Sums(codebook, bounds)
     for batch in batches:
         total.add(batch, _nearest(batch, codebook, prices))
-    if group is not None:
-        total.all_reduce(group)
+    total.all_reduce(group)
     return total.means(codebook), total.counts, total.error(codebook)
 
 
 def _mini_batch_step(
-    batches: Iterable[Tensor], codebook: Tensor, prices: Tensor | None, *_: object
+    batches: Iterable[Tensor],
+    codebook: Tensor,
+    prices: Tensor | None,
+    bounds: tuple[float, float],
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Like :func:`_lloyd_step`, but each batch meets the means of those before it."""
-    total, error, num_rows = _Sums(codebook), 0.0, 0
+    """Like :func:`_lloyd_step`, but each batch meets the means of those before it. Processes share its rows."""
+    total, error, num_rows = _Sums(codebook, bounds), 0.0, 0
     for batch in batches:
-        sums = _Sums(codebook)
-        sums.add(batch, _nearest(batch, codebook, prices))
+        sums = _Sums(codebook, bounds)
+        for part in batch.split(_SHARED_ROWS)[_share(group)]:
+            sums.add(part, _nearest(part, codebook, prices))
+        sums.all_reduce(group)
         error += sums.error(codebook) * len(batch)
         num_rows += len(batch)
         total.merge(sums)
@@ -330,7 +333,9 @@ class _Sums:
         self.sums += sums
         self.squares += squares
 
-    def all_reduce(self, group: dist.ProcessGroup) -> None:
+    def all_reduce(self, group: dist.ProcessGroup | None) -> None:
+        if group is None:
+            return
         for part in (self.counts, self.sums, self.squares):
             dist.all_reduce(part, group=group)
 

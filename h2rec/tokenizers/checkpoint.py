@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from h2rec._files import save_safetensors, writing
@@ -50,14 +51,6 @@ class Checkpoint:
         self._start()
         save_safetensors(self.path, tensors, {})
 
-    def load_list(self) -> list[Tensor]:
-        """What :meth:`save_list` kept."""
-        tensors = self.load()
-        return [tensors[str(index)] for index in range(len(tensors))]
-
-    def save_list(self, tensors: Sequence[Tensor]) -> None:
-        self.save({str(index): tensor.contiguous() for index, tensor in enumerate(tensors)})
-
     def read_blocks(self, size: int) -> bytes:
         """What :meth:`append` wrote in blocks of ``size`` bytes, without one that was cut off at the end."""
         try:
@@ -78,6 +71,40 @@ class Checkpoint:
         for other in _files(self.folder, self.stage):
             if other != self.path:
                 other.unlink()
+
+
+class CodebookCheckpoint:
+    """The codebooks that a fit has got so far. Of processes that fit together the first keeps them for all.
+
+    Args:
+        folder: None keeps nothing.
+        settings, vectors: as of :class:`Checkpoint`.
+        group: these processes, if there are several.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        settings: object,
+        vectors: VectorSource,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.group, self.file = group, None
+        if folder is not None and (group is None or group.rank() == 0):
+            self.file = Checkpoint(folder, "fit", settings, vectors)
+
+    def load(self) -> list[Tensor]:
+        kept = self.file.load() if self.file else {}
+        codebooks = [kept[str(index)] for index in range(len(kept))]
+        if self.group is not None:
+            shared = [codebooks]
+            dist.broadcast_object_list(shared, group=self.group, group_src=0)
+            (codebooks,) = shared
+        return codebooks
+
+    def save(self, codebooks: Sequence[Tensor]) -> None:
+        if self.file:
+            self.file.save({str(index): codebook.contiguous() for index, codebook in enumerate(codebooks)})
 
 
 def remove_checkpoints(folder: str | os.PathLike[str]) -> None:

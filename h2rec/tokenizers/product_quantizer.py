@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from h2rec.ops._codebooks import level_sizes
@@ -12,7 +13,7 @@ from h2rec.ops.kmeans import Progress, fit_codebooks
 from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers._encode import OnEncode, encode
-from h2rec.tokenizers.checkpoint import Checkpoint
+from h2rec.tokenizers.checkpoint import CodebookCheckpoint
 
 
 class ProductQuantizer:
@@ -51,11 +52,13 @@ class ProductQuantizer:
         vectors: VectorSource,
         progress: Progress | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> "ProductQuantizer":
         """Learns the codebooks; errors are those of :func:`h2rec.ops.kmeans.fit_codebooks`.
 
         Args:
             checkpoint: a folder, as in :meth:`h2rec.tokenizers.RQKMeans.fit`; each part is kept when it is done.
+            group: as there.
         """
         check_repeatable(vectors)
         dim = _dim(vectors, self.batch_size)
@@ -63,10 +66,8 @@ class ProductQuantizer:
         if dim < num_parts:
             raise ValueError(f"vectors must have at least num_parts = {num_parts} dimensions, got {dim}")
         edges = [part * dim // num_parts for part in range(num_parts + 1)]
-        kept = None
-        if checkpoint is not None:
-            kept = Checkpoint(checkpoint, "fit", [self._settings(), self.batch_size], vectors)
-        codebooks = kept.load_list() if kept else []
+        kept = CodebookCheckpoint(checkpoint, [self._settings(), self.batch_size], vectors, group)
+        codebooks = kept.load()
         for part in range(len(codebooks), num_parts):
             columns = slice(edges[part], edges[part + 1])
 
@@ -81,10 +82,10 @@ class ProductQuantizer:
                 seed=self.seed,
                 batch_size=self.batch_size,
                 progress=show,
+                group=group,
             )
             codebooks.append(torch.nn.functional.pad(narrow, (columns.start, dim - columns.stop)))
-            if kept is not None:
-                kept.save_list(codebooks)
+            kept.save(codebooks)
         self.codebooks = codebooks
         return self
 

@@ -11,7 +11,7 @@ from h2rec.ops.kmeans import Progress, fit_codebooks
 from h2rec.ops.vector_batches import VectorSource
 from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers._encode import OnEncode, encode
-from h2rec.tokenizers.checkpoint import Checkpoint
+from h2rec.tokenizers.checkpoint import CodebookCheckpoint
 
 
 class RQKMeans:
@@ -63,14 +63,7 @@ class RQKMeans:
                 vectors after an interruption, ``fit`` goes on there, and ends where it would have ended. Of a group
                 the first process has it.
         """
-        kept, first = None, []
-        if checkpoint is not None and (group is None or group.rank() == 0):
-            kept = Checkpoint(checkpoint, "fit", [self._settings(), self.batch_size], vectors)
-            first = kept.load_list()
-        if group is not None:
-            shared = [first]
-            dist.broadcast_object_list(shared, group=group, group_src=0)
-            (first,) = shared
+        kept = CodebookCheckpoint(checkpoint, [self._settings(), self.batch_size], vectors, group)
         self.codebooks = fit_codebooks(
             vectors,
             self.codebook_sizes,
@@ -80,8 +73,8 @@ class RQKMeans:
             mini_batch=self.mini_batch,
             balance=self.balance,
             progress=progress,
-            first=first,
-            on_level=kept.save_list if kept else None,
+            first=kept.load(),
+            on_level=kept.save,
             group=group,
         )
         return self
