@@ -8,14 +8,19 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.rendezvous import rendezvous
 
 from h2rec.training.files import write_json
+
+# For all processes to come; exchanges may take longer, as when one reads for the others.
+_MEETING_TIME = timedelta(minutes=5)
 
 
 def launched_world_size() -> int | None:
@@ -33,14 +38,18 @@ def launched_group(accelerator: str) -> Iterator[None]:
     """The group of the processes that a launcher has started.
 
     Raises:
-        ChildProcessError: another of them is gone.
+        ChildProcessError: another of them is gone, or did not come within five minutes.
     """
     rank = int(os.environ["RANK"])
     os.environ.setdefault("LOCAL_RANK", str(rank))
     rank_zero_only.rank = rank
     if accelerator == "gpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(_backend(accelerator))
+    try:
+        store, _, world_size = next(rendezvous("env://", timeout=_MEETING_TIME))
+        dist.init_process_group(_backend(accelerator), store=store, rank=rank, world_size=world_size)
+    except RuntimeError as error:
+        raise ChildProcessError(f"the {launched_world_size()} processes did not meet ({error})") from error
     try:
         yield
     except RuntimeError as error:

@@ -1,6 +1,9 @@
 """Every command, called as a user calls it: what it prints, writes and refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -286,3 +289,13 @@ def test_plan_refuses():
     assert "items must be at least 1, got 0" in call("plan", "--items", "0", fails=True)
     printed = call("plan", "--items", "1M", "--dtype", "float16", fails=True)
     assert "dtype must be one of float32, bfloat16, got 'float16'" in printed
+
+
+def test_one_of_several_processes_ends_at_once(tmp_path):
+    """After an error; the others hear of it when its connections close."""
+    program = "import atexit, time; atexit.register(time.sleep, 600); from h2rec.cli import main; main()"
+    command = [sys.executable, "-c", program, "evaluate", str(tmp_path)]
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "no run here (it has no config.json)" in " ".join(result.stderr.split())

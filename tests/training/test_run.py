@@ -7,10 +7,12 @@ import multiprocessing
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from h2rec.training import (
     evaluate_model,
     load_model,
     module,
+    processes,
     rank_users,
     read_split,
     run,
@@ -662,6 +665,20 @@ def test_a_launcher_has_another_number_of_processes(make_config, tmp_path, monke
     with pytest.raises(ValueError, match="devices: expected 3, the processes that were started, got 2"):
         train_run(make_config(devices=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_come(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes, "_MEETING_TIME", timedelta(seconds=1))
+    with (
+        pytest.raises(ChildProcessError, match=r"the 2 processes did not meet .* 1/2 clients joined"),
+        processes.launched_group("cpu"),
+    ):
+        pass
 
 
 def test_an_error_in_one_of_two_processes(make_config, device, tmp_path):
