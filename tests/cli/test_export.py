@@ -151,6 +151,35 @@ def test_index(most, run, tmp_path, monkeypatch):
     assert faiss_index.recall(index, model, users) == 0
 
 
+def test_the_recall_of_lists_is_what_a_server_finds(run, tmp_path, monkeypatch):
+    """One of five lists is searched; what is printed of it holds for the files, as a server reads them."""
+    faiss = pytest.importorskip("faiss")
+    from h2rec.training import faiss_index
+
+    monkeypatch.setattr(faiss_index, "_GRAPH_MAX_ITEMS", 10)
+    monkeypatch.setattr(faiss_index, "_TRAINING_ITEMS_PER_LIST", 5)
+    monkeypatch.setattr(faiss_index, "_LISTS_SEARCHED", 1)
+    call("export", run, tmp_path / "out", "--faiss")
+    found = json.loads((tmp_path / "out" / "export.json").read_text())["faiss"]
+    assert found["index"] == "IVF5,SQfp16"
+
+    index = faiss.read_index(str(tmp_path / "out" / "items.faiss"))
+    assert (index.ntotal, index.nlist, index.nprobe) == (NUM_ITEMS, 5, 1)
+    items = load_file(tmp_path / "out" / "items.safetensors")["items"]
+    rows = {raw: row for row, raw in enumerate(pl.read_parquet(tmp_path / "out" / "sids.parquet")["item_id"])}
+    log = pl.read_csv(run.parent / "log.csv")
+    histories = [
+        [rows[raw] for raw in log.filter(pl.col("user_id") == user)["item_id"]] for user in range(40)
+    ]
+    encode = torch.export.load(tmp_path / "out" / "user_encoder.pt2").module()
+    users = encode(torch.tensor(histories), torch.tensor([5] * 40)).detach()
+    best = (users @ items.T).topk(10).indices
+    _, searched = index.search(users.numpy(), 10)
+    shares = [len(set(ours) & set(theirs)) / 10 for ours, theirs in zip(searched, best.tolist(), strict=True)]
+    assert 0.1 < found["recall@10"] < 0.9
+    assert found["recall@10"] == pytest.approx(np.mean(shares), abs=0.0026)  # one item of a user: a tie
+
+
 def test_force_takes_the_place_of_an_export_only(run, exported, tmp_path):
     before = (exported / "export.json").read_bytes()
     assert "exported exists; --force overwrites it" in call("export", run, exported, fails=True)
