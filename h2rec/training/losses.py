@@ -67,12 +67,10 @@ def sampled_softmax(
             count among the catalog: what is pulled and never pushed goes to infinity.
         is_target: bool ``[M]``, where the related item is the target itself, which counts already.
     """
-    target_scores = (users * targets).sum(-1)  # [M]
-    scores = (users @ negatives.T - log_expected).masked_fill(left_out, -math.inf)  # [M, n]
-    others = scores.logsumexp(1)  # [M]
+    own_scores = [(users * targets).sum(-1)]  # [M] each
     if related is not None:
-        others = torch.logaddexp(others, (users * related).sum(-1).masked_fill(is_target, -math.inf))
-    return (torch.logaddexp(target_scores, others) - target_scores).mean()
+        own_scores.append((users * related).sum(-1).masked_fill(is_target, -math.inf))
+    return _SampledSoftmax.apply(users, torch.stack(own_scores, 1), negatives, log_expected, left_out)
 
 
 def full_softmax(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
@@ -112,11 +110,52 @@ def target_smoothing(
     return share * (target_scores - related_scores.mean(-1)).mean()
 
 
+def _tile_elements(users: Tensor) -> int:
+    return _TILE_ELEMENTS.get(users.device.type, 2**24)
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """Own scores ``[M, j]`` are those of the target, first, and of other candidates that only this position has."""
+
+    @staticmethod
+    def forward(
+        ctx, users: Tensor, own_scores: Tensor, negatives: Tensor, log_expected: Tensor, left_out: Tensor
+    ) -> Tensor:
+        num_positions, num_negatives = left_out.shape
+        tile = max(1, min(_tile_elements(users) // num_negatives, num_positions))
+        candidates = users.new_empty(tile, num_negatives + own_scores.shape[1])  # the same for each tile
+        offset = -log_expected.to(users.dtype)
+        loss = users.new_zeros(())
+        user_grad, own_grad = torch.empty_like(users), torch.empty_like(own_scores)
+        negative_grad = torch.zeros_like(negatives)
+        for start in range(0, num_positions, tile):
+            rows = slice(start, min(start + tile, num_positions))
+            scores = candidates[: rows.stop - start]  # [tile, n + j]
+            of_negatives = torch.addmm(offset, users[rows], negatives.T, out=scores[:, :num_negatives])
+            of_negatives.masked_fill_(left_out[rows], -math.inf)
+            scores[:, num_negatives:] = own_scores[rows]
+            log_shares = scores.log_softmax(1)
+            loss -= log_shares[:, num_negatives].sum()
+            shares, own_grad[rows] = log_shares.exp_().tensor_split((num_negatives,), dim=1)
+            torch.mm(shares, negatives, out=user_grad[rows])
+            negative_grad.addmm_(shares.T, users[rows], alpha=1 / num_positions)
+        own_grad[:, 0] -= 1
+        ctx.save_for_backward(user_grad, own_grad, negative_grad)
+        return loss / num_positions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        user_grad, own_grad, negative_grad = ctx.saved_tensors
+        of_each = grad_output / len(user_grad)
+        return user_grad * of_each, own_grad * of_each, negative_grad * grad_output, None, None
+
+
 class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
         num_positions, num_items = users.shape[0], items.shape[0]
-        tile = max(1, _TILE_ELEMENTS.get(users.device.type, 2**24) // num_items)
+        tile = max(1, _tile_elements(users) // num_items)
         loss = users.new_zeros(())
         user_grad = torch.empty_like(users)
         item_grad = torch.zeros_like(items)

@@ -205,12 +205,14 @@ class Recommender(lightning.LightningModule):
         related = self.related_items.draw(targets, 1 if catalog is None else _RELATED_ITEMS)
         ids = torch.cat([targets[:, None], related], dim=1)  # [M, 1 + n]
         vectors = self.model.item_vectors(ids) if catalog is None else F.embedding(ids, catalog)
+        # One split, whose gradient is one concatenation; slices would each fill a gradient of their own with zeros.
+        of_targets, of_related = vectors.split((1, related.shape[1]), dim=1)  # [M, 1, C], [M, n, C]
         return {
             "next_item": self._next_item_loss(
-                users, targets, batch, is_position, catalog, (vectors[:, 1], related[:, 0] == targets)
+                users, targets, batch, is_position, catalog, (of_related[:, 0], related[:, 0] == targets)
             ),
             "smoothing": target_smoothing(
-                users, vectors[:, 0], vectors[:, 1:], self.smoothing, logistic=self.loss_name == "bce"
+                users, of_targets.squeeze(1), of_related, self.smoothing, logistic=self.loss_name == "bce"
             ),
         }
 

@@ -58,7 +58,9 @@ def test_binary_cross_entropy_of_large_scores(device):
     assert binary_cross_entropy(users, users, -users[:, None]) == 0
 
 
-def test_sampled_softmax(generator, device):
+@pytest.mark.parametrize("tile", [1, 7, 23, 1000], ids=lambda tile: f"tiles of {tile}")
+def test_sampled_softmax(tile, generator, device, monkeypatch):
+    monkeypatch.setattr(losses, "_TILE_ELEMENTS", {device: tile * N})
     left_out = torch.rand(M, N, generator=generator) < 0.3
     left_out[0] = True  # nothing but the target is left
     log_expected = random(generator, N)
@@ -88,6 +90,19 @@ def test_sampled_softmax_gives_a_left_out_item_no_gradient(generator):
     loss = sampled_softmax(users, targets, negatives, torch.zeros(3), left_out)
     (gradient,) = torch.autograd.grad(loss, negatives)
     assert (gradient != 0).any(1).tolist() == [True, False, True]
+
+
+def test_sampled_softmax_of_large_scores(device):
+    users = torch.tensor([[100.0], [-100.0]], device=device, requires_grad=True)
+    targets = torch.tensor([[100.0], [100.0]], device=device, requires_grad=True)
+    negatives = torch.tensor([[-100.0], [0.0]], device=device, requires_grad=True)
+    left_out = torch.zeros(2, 2, dtype=torch.bool, device=device)
+    loss = sampled_softmax(users, targets, negatives, torch.zeros(2, device=device), left_out)
+    assert loss == 10_000  # the mean of 0 and 20000
+    loss.backward()
+    assert users.grad.flatten().tolist() == [0, -100]
+    assert targets.grad.flatten().tolist() == [0, 50]
+    assert negatives.grad.flatten().tolist() == [-50, 0]
 
 
 @pytest.mark.parametrize("tile", [1, 7, 23, 1000], ids=lambda tile: f"tiles of {tile}")
@@ -146,8 +161,10 @@ def test_target_smoothing_gives_related_items_a_share(loss, generator, device):
     check(ours, oracle, (random(generator, M, C), random(generator, N, C)), device)
 
 
-def test_smoothed_sampled_softmax_is_that_of_target_and_related_item(generator, device):
+@pytest.mark.parametrize("tile", [1, 7, 23, 1000], ids=lambda tile: f"tiles of {tile}")
+def test_smoothed_sampled_softmax_is_that_of_target_and_related_item(tile, generator, device, monkeypatch):
     """Both among the candidates, so that the loss has a lower bound; an item that is both counts once."""
+    monkeypatch.setattr(losses, "_TILE_ELEMENTS", {device: tile * 9})
     items, related = (torch.randint(N, (M,), generator=generator) for _ in range(2))
     related[:4] = items[:4]
     left_out = torch.rand(M, 9, generator=generator) < 0.3
