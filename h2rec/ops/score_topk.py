@@ -7,8 +7,10 @@ from torch import Tensor
 
 from h2rec.ops._checks import check_dim, check_floating, check_integer, check_same_device
 
-# Scores held at a time: 64 MiB in fp32.
-_TILE_ELEMENTS = 16 << 20
+# Scores held at a time: on a CPU what stays in cache, on a GPU enough to keep it busy.
+_TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+_QUERIES = 1024  # at most, of a tile: many more would leave it few items
+_BLOCK = 32  # neighbouring items, of whose scores only the largest is looked at first
 
 
 @torch.no_grad()
@@ -45,21 +47,48 @@ def score_topk(
 
     best_scores = queries.new_full((num_queries, k), -torch.inf)
     best_items = queries.new_full((num_queries, k), -1, dtype=torch.int64)
+    size = max(k, _TILE_ELEMENTS.get(queries.device.type, 1 << 26) // max(min(num_queries, _QUERIES), 1))
     start = 0
-    for tile in _tiles(queries, items, max(k, _TILE_ELEMENTS // max(num_queries, 1))):
-        scores = queries @ tile.T  # [B, tile]
-        if exclude is not None:
-            column = exclude - start
-            row, which = ((column >= 0) & (column < scores.shape[1])).nonzero(as_tuple=True)
-            scores[row, column[row, which]] = -torch.inf
-        scores, found = _best_columns(scores, k)
-        found = (found + start).masked_fill(scores == -torch.inf, -1)
-        # What is kept has lower ids than the tile: a stable sort leaves it in front of its equals.
-        best_scores, order = torch.cat([best_scores, scores], 1).sort(dim=1, descending=True, stable=True)
-        best_items = torch.cat([best_items, found], 1).gather(1, order)
-        best_scores, best_items = best_scores[:, :k], best_items[:, :k]
+    for tile in _tiles(queries, items, size):
+        for first in range(0, num_queries, _QUERIES):
+            part = slice(first, first + _QUERIES)
+            scores = _scores(tile, queries[part])
+            if exclude is not None:
+                item = exclude[part] - start
+                query, which = ((item >= 0) & (item < len(tile))).nonzero(as_tuple=True)
+                scores[item[query, which], query] = -torch.inf
+            _keep_best(best_scores[part], best_items[part], scores, start)
         start += len(tile)
     return best_scores, best_items
+
+
+def _scores(items: Tensor, queries: Tensor) -> Tensor:
+    """``[n, B]``, with -inf from the last item to the end of its block."""
+    num_items, num_queries = len(items), len(queries)
+    scores = queries.new_empty(-(-num_items // _BLOCK) * _BLOCK, num_queries)
+    torch.mm(items, queries.T, out=scores[:num_items])
+    scores[num_items:] = -torch.inf
+    return scores
+
+
+def _keep_best(best_scores: Tensor, best_items: Tensor, scores: Tensor, start: int) -> None:
+    """Updates the best ``[B, k]`` by the scores ``[n, B]`` of the items from ``start`` on."""
+    k = best_scores.shape[1]
+    blocks = scores.unflatten(0, (-1, _BLOCK))  # [n / _BLOCK, _BLOCK, B]
+    largest = blocks.amax(1)  # [n / _BLOCK, B]
+    # What is kept has lower ids, so that only a larger score takes its place. (NaN counts as larger.)
+    rows = (~(largest.amax(0) <= best_scores[:, -1])).nonzero().squeeze(1)  # [R]
+    if not len(rows):
+        return
+    # Whatever is outside of the k blocks with the largest scores has k that come before it.
+    which = _best_columns(largest.T[rows], k)[1].sort(dim=1).values  # [R, up to k]
+    scores, columns = _best_columns(blocks[which, :, rows[:, None]].flatten(1), k)
+    found = which.gather(1, columns // _BLOCK) * _BLOCK + columns % _BLOCK + start
+    found = found.masked_fill(scores == -torch.inf, -1)
+    # A stable sort leaves what is kept in front of its equals.
+    scores, order = torch.cat([best_scores[rows], scores], 1).sort(dim=1, descending=True, stable=True)
+    best_scores[rows] = scores[:, :k]
+    best_items[rows] = torch.cat([best_items[rows], found], 1).gather(1, order[:, :k])
 
 
 def _tiles(queries: Tensor, items: Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -72,7 +101,8 @@ def _tiles(queries: Tensor, items: Tensor | Iterable[Tensor], size: int) -> Iter
             raise TypeError(f"items is {part.dtype}, but queries is {queries.dtype}")
         if queries.shape[1] != part.shape[1]:
             raise ValueError(f"items has dimension {part.shape[1]}, but queries has {queries.shape[1]}")
-        yield from part.split(size)
+        if len(part):
+            yield from part.split(size)
 
 
 def _best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

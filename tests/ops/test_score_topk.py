@@ -9,7 +9,7 @@ from h2rec import ops
 @pytest.mark.parametrize("tile_elements", [1, 37, 1 << 20])
 @pytest.mark.parametrize("k", [1, 7, 50])
 def test_equals_a_sort_of_all_scores(k, tile_elements, monkeypatch, device, generator):
-    monkeypatch.setattr(sys.modules["h2rec.ops.score_topk"], "_TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr(sys.modules["h2rec.ops.score_topk"], "_TILE_ELEMENTS", {device: tile_elements})
     queries = torch.randn(5, 8, generator=generator).to(device)
     items = torch.randn(50, 8, generator=generator).to(device)
     exclude = torch.randint(-1, 50, (5, 6), generator=generator).to(device)
@@ -27,13 +27,43 @@ def test_equals_a_sort_of_all_scores(k, tile_elements, monkeypatch, device, gene
 @pytest.mark.parametrize("tile_elements", [1, 37, 1 << 20])
 @pytest.mark.parametrize("k", [1, 7, 49, 50, 60])
 def test_of_equal_scores_the_lower_id(k, tile_elements, monkeypatch, device, generator):
-    monkeypatch.setattr(sys.modules["h2rec.ops.score_topk"], "_TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr(sys.modules["h2rec.ops.score_topk"], "_TILE_ELEMENTS", {device: tile_elements})
     queries = torch.randint(-1, 2, (9, 3), generator=generator).float().to(device)
     items = torch.randint(-1, 2, (50, 3), generator=generator).float().to(device)
     scores, indices = ops.score_topk(queries, items, k)
     expected, order = (queries @ items.T).sort(dim=1, descending=True, stable=True)
     assert torch.equal(scores[:, :50], expected[:, :k])
     assert torch.equal(indices[:, :50], order[:, :k])
+
+
+@pytest.mark.parametrize("tile_elements", [37, 1 << 20])
+def test_more_queries_than_in_a_tile(tile_elements, monkeypatch, device, generator):
+    queries, items = (torch.randn(n, 8, generator=generator).to(device) for n in (11, 100))
+    exclude = torch.randint(-1, 100, (11, 6), generator=generator).to(device)
+    expected = [
+        ops.score_topk(query, items, 7, exclude=own)
+        for query, own in zip(queries.split(1), exclude.split(1), strict=True)
+    ]
+    module = sys.modules["h2rec.ops.score_topk"]
+    monkeypatch.setattr(module, "_TILE_ELEMENTS", {device: tile_elements})
+    monkeypatch.setattr(module, "_QUERIES", 4)
+    scores, indices = ops.score_topk(queries, items, 7, exclude=exclude)
+    torch.testing.assert_close(scores, torch.cat([scores for scores, _ in expected]))
+    assert torch.equal(indices, torch.cat([indices for _, indices in expected]))
+
+
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_many_blocks(block, monkeypatch, device, generator):
+    """In both orders of the scores: what is kept changes in every tile, or after the first one never."""
+    monkeypatch.setattr(sys.modules["h2rec.ops.score_topk"], "_BLOCK", block)
+    monkeypatch.setattr(sys.modules["h2rec.ops.score_topk"], "_TILE_ELEMENTS", {device: 400})
+    items = torch.randint(-40, 40, (1000, 1), generator=generator).float().to(device)
+    queries = torch.tensor([[1.0], [-2.0]], device=device)
+    for catalog in (items, items.sort(0).values, items.sort(0, descending=True).values):
+        scores, indices = ops.score_topk(queries, catalog, 30)
+        expected, order = (queries @ catalog.T).sort(dim=1, descending=True, stable=True)
+        assert torch.equal(scores, expected[:, :30])
+        assert torch.equal(indices, order[:, :30])
 
 
 @pytest.mark.parametrize("sizes", [[50], [0, 13, 1, 36, 0]])
