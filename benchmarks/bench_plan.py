@@ -70,7 +70,7 @@ def check(compare, device: torch.device, work: list[Work], call: Callable) -> No
 
 
 def work_of(plan: Plan, *names: str) -> list[Work]:
-    return [part for part in (*plan.step(), *plan.once()) if part.name.strip() in names]
+    return [part for part in plan.step() if part.name.strip() in names]
 
 
 @SHAPES
@@ -110,7 +110,7 @@ def bench_quantize(compare, shape, device):
     rows = min(shape.N, 100_000)  # its time is that of a row
     vectors = torch.randn(rows, shape.D, device=device).half()
     codebooks = torch.randn(shape.L, shape.K, shape.D, device=device)
-    work = work_of(shape._replace(N=rows).plan(), "residual_quantize, all items")
+    work = shape._replace(N=rows).plan().tokenizing()
     check(compare, device, work, lambda: ops.residual_quantize(vectors.float(), codebooks))
 
 
@@ -119,7 +119,7 @@ def bench_ranking(compare, shape, device):
     items = min(shape.N, 1_000_000)
     model = _model(shape._replace(N=items), device).eval()
     users = torch.randn(shape.B, 2 * shape.D, device=device)
-    work = work_of(shape._replace(N=items).plan(), f"exact ranking, {shape.B} users")
+    work = shape._replace(N=items).plan().ranking()
 
     @torch.no_grad()
     def call() -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,11 +166,11 @@ def _training_step(shape: Shape, device: torch.device) -> Callable[[], float]:
         users = users.flatten(0, 1)
         vectors = model.item_vectors(torch.cat([targets.flatten(), negatives]))
         of_targets, of_negatives = vectors.tensor_split((targets.numel(),))
-        of_pairs = model.item_vectors(pairs)
+        first, related = model.item_vectors(pairs).split(1, dim=1)
         loss = sampled_softmax(
-            users, of_targets, of_negatives, log_expected, left_out, of_pairs[:, 1], is_target
+            users, of_targets, of_negatives, log_expected, left_out, related[:, 0], is_target
         )
-        loss = loss + target_smoothing(users, of_pairs[:, 0], of_pairs[:, 1:], 0.3)
+        loss = loss + target_smoothing(users, first.squeeze(1), related, 0.3)
         loss.backward()
         adam.step()
         adagrad.step()

@@ -1,9 +1,9 @@
 """What training H2Rec on a catalog costs: memory, bytes and operations, and the time that they take at least.
 
 Each piece of work is bound by what takes longest (a roofline): moving its bytes, its matrix products, its other
-instructions, or what it sends to other devices. The formulas of the operators are those of kernels/README.md and
-csrc/README.md; those of the model were counted as PyTorch's eager operators ran it, and tests/test_planning.py counts
-again.
+instructions, or what it sends to other devices. Pieces run one after the other: products, and the passes over what they
+made, are pieces of their own. The formulas of the operators are those of kernels/README.md and csrc/README.md; those of
+the model were counted as PyTorch's eager operators ran it, and tests/test_planning.py counts again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ITEM_SIZES = {"float32": 4, "bfloat16": 2}
-SHARED_NEGATIVES = 1024  # of the sampled softmax, see h2rec.training
-LOOKUPS = (
-    3  # of a step, each with a gradient: sequences; targets and negatives; targets, each with a related item
-)
+SHARED_NEGATIVES = 1024  # of the sampled softmax, see h2rec.training.losses
+SCORES_HELD = 2**26  # and how many scores it holds at a time
+# Of a step, each with a gradient: sequences; targets and negatives; targets, each with a related item.
+LOOKUPS = 3
 ADDITIONS = 3 * (LOOKUPS - 1)  # of dense ones: each reads two and writes one
 CONTENT_BYTES = 2  # content vectors are kept in fp16
 
@@ -165,9 +165,9 @@ class Plan:
         rows = self.items / self.gpus
         dense = self.dense_parameters + self.codebook_parameters
         gradient = self.rows_touched * (self.row_bytes + 8) if self.sparse else rows * self.row_bytes
-        # Tensors of [B, T, D] that autograd keeps: of the model, by layers, and 6 of target smoothing; beside them 2.4
-        # of [B T, negatives].
-        kept = 4 + 26 * self.layers + 6
+        # Tensors of [B, T, D] that autograd keeps: of the model, by layers, and 11 of the losses.
+        kept = 4 + 26 * self.layers + 11
+        scores = self.tokens * SHARED_NEGATIVES
         return {
             "hash table": rows * self.row_bytes,
             "codes": self.items * self.levels * 4,
@@ -177,7 +177,9 @@ class Plan:
             "other gradients": dense * size,
             "optimizer state of the table": rows * 4 if self.sparse else rows * 8 * self.dim,
             "other optimizer state": dense * 8,
-            "activations": kept * self.tokens * self.row_bytes + 2.4 * self.tokens * SHARED_NEGATIVES * size,
+            "activations": kept * self.tokens * self.row_bytes,
+            # held twice, and which of them are left out
+            "scores of the loss": 2 * min(scores, SCORES_HELD) * size + scores,
         }
 
     def step(self) -> list[Work]:
@@ -192,12 +194,14 @@ class Plan:
         work = [
             # ids, codes, rows of the table, outputs: the sum of the levels, and hashed
             Work("harmonized_embedding", found * (8 + 4 * levels + row + 2 * row)),
-            # cotangents; four passes of a sort of 12-byte keys and places, then each run is read: levels and table
+            # Levels and table: four passes of a sort of 12-byte keys and places, then each run of cotangents is read.
+            # The table's sums are written by row, the codebooks' whole.
             Work(
                 "  its backward",
                 found * (levels + 1) * (96 + 8 + row) + found * row + LOOKUPS * dense_gradients,
             ),
-            # multiply-adds per position: of projections, in units of D^2; of attention, in units of T D
+            # multiply-adds per position: of projections, in units of D^2; of attention, in units of D and the
+            # (T + 1) / 2 positions that one sees
             Work(
                 "products of the model",
                 products=6.0 * tokens * d * d * 12 * self.layers,
@@ -205,19 +209,24 @@ class Plan:
             ),
             Work(
                 "attention",
-                products=14.0 * tokens * self.length * d * 2 * self.layers,
+                products=14.0 * tokens * (self.length + 1) / 2 * d * 2 * self.layers,
                 dtype=self.dtype,
             ),
             # every eager operator reads its inputs and writes its output
             Work("activations", (60 + 234 * self.layers) * tokens * row),
+            # scores, and the gradients of users and negatives
             Work(
-                "sampled softmax",
-                17.0 * tokens * SHARED_NEGATIVES * size + 32 * tokens * row,
+                "products of the loss",
                 products=6.0 * tokens * SHARED_NEGATIVES * 2 * d,
                 dtype=self.dtype,
             ),
-            # with the concatenation of the pairs' vectors, and the related item among the candidates
-            Work("target smoothing", 121.0 * tokens * row, products=6.0 * tokens * 2 * d, dtype=self.dtype),
+            # scores: written; masked, log-softmax and exponentials, which read and write them; read by two products
+            Work(
+                "sampled softmax",
+                tokens * SHARED_NEGATIVES * (9 * size + 1) + (38 * tokens + 16 * SHARED_NEGATIVES) * row,
+            ),
+            # with the related item among the candidates
+            Work("target smoothing", 97.0 * tokens * row, products=6.0 * tokens * 2 * d, dtype=self.dtype),
             # parameter, gradient and two moments are read; all but the gradient written
             Work("AdamW", dense * (3 * size + 16) + ADDITIONS * self.codebook_parameters * size),
             self._table_step(),
@@ -239,8 +248,8 @@ class Plan:
         update = self.rows_touched * (3 * row + 4 * 4)
         return Work("row-wise Adagrad", self.looked_up * (2 * row + 96) + update)
 
-    def once(self) -> list[Work]:
-        """What is done once, or for each batch of users who are served, per device."""
+    def tokenizing(self) -> list[Work]:
+        """Codes of the whole catalog, per device."""
         d, rows = self.dim, self.items / self.gpus
         return [
             Work(
@@ -251,13 +260,22 @@ class Plan:
                 instructions=32.0 * rows * self.levels * (230 * self.codebook / 128 + 250),
                 ours=True,
                 dtype="bfloat16",  # 16-bit products find candidates
-            ),
-            # codes and rows are read; semantic and hash half written, read, and made one vector of 2 D, which the
-            # product reads; scores are written, and read by topk
+            )
+        ]
+
+    def ranking(self) -> list[Work]:
+        """The best of all items for each user of a batch, exactly, per device."""
+        rows, scores = self.items / self.gpus, self.items / self.gpus * self.batch
+        size, row = ITEM_SIZES[self.dtype], self.row_bytes
+        return [
+            # codes and rows are read; semantic and hash half written, read, and made one vector of 2 D
+            Work("item vectors, all items", rows * (4 * self.levels + 7 * row)),
             Work(
-                f"exact ranking, {self.batch} users",
-                rows * (4 * self.levels + 9 * self.row_bytes) + 8.0 * rows * self.batch,
-                products=4.0 * rows * d * self.batch,
+                f"their scores, {self.batch} users",
+                rows * 2 * row + scores * size,
+                products=4.0 * scores * self.dim,
                 dtype=self.dtype,
             ),
+            # the largest of each block is found; little is looked at again
+            Work("the best scores", scores * size),
         ]

@@ -53,7 +53,8 @@ def plan(
     planned = Plan(items, dim, levels, codebook, gpus, batch, length, layers, dtype, not dense)
     console.print(_memory_table(planned))
     console.print(_work_table("One training step, of each GPU", planned.step(), total=True))
-    console.print(_work_table("Beside training, of each GPU", planned.once(), total=False))
+    beside = [*planned.tokenizing(), *planned.ranking()]
+    console.print(_work_table("Beside training, of each GPU", beside, total=False))
     console.print("\nbound by m: memory, p: products, i: instructions, n: network\n", style="dim")
     for device in GPUS:
         console.print(_summary(planned, device), highlight=False, soft_wrap=True)
