@@ -1,4 +1,4 @@
-"""Interaction logs, catalogs and content vectors, and what training and evaluation draw from them.
+"""Interaction logs and catalogs, vectors of texts, and what training and evaluation draw from them.
 
 Item ids are rows of the catalog, 0-based; ``num_items`` itself marks padding in batches.
 """
@@ -10,7 +10,6 @@ except ModuleNotFoundError as error:
 
 from h2rec.data.batches import EvalBatches, SequenceBatch, TrainBatches
 from h2rec.data.co_occurrence import CoOccurrence, co_occurrence
-from h2rec.data.embeddings import read_embeddings
 from h2rec.data.interactions import InteractionLog, read_interactions
 from h2rec.data.items import ItemCatalog, read_items
 from h2rec.data.negatives import sample_negatives
@@ -32,7 +31,6 @@ __all__ = [
     "leave_one_out",
     "popularity_band",
     "popularity_head",
-    "read_embeddings",
     "read_interactions",
     "read_items",
     "sample_negatives",

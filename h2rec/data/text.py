@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from h2rec.ops._checks import first_few
+
 _PLACEHOLDER = "unknown"
 
 
@@ -35,8 +37,8 @@ def embed_texts(texts: Sequence[str]) -> np.ndarray:
     if len(empty) == len(texts):
         raise ValueError(f"texts: expected at least one that is not empty, got {len(texts)} empty ones")
     if empty:
-        shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        warnings.warn(f"{len(empty)} of {len(texts)} texts are empty (rows {shown})", stacklevel=2)
+        rows = first_few("row", empty, len(empty))
+        warnings.warn(f"{len(empty)} of {len(texts)} texts are empty ({rows})", stacklevel=2)
     model = _load_model()
     return np.asarray(
         model.embed([text if text.strip() else _PLACEHOLDER for text in texts], norm=True), dtype=np.float32
@@ -48,7 +50,7 @@ def _load_model():
         import wordllama
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "embedding text needs wordllama: pip install 'h2rec[text]', or pass vectors of your own (read_embeddings)"
+            "embedding text needs wordllama: pip install 'h2rec[text]', or bring vectors of your own"
         ) from error
     folder = Path(wordllama.__file__).parent
     return wordllama.WordLlama.load(cache_dir=folder, disable_download=True)

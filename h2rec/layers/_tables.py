@@ -100,11 +100,6 @@ def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int | Non
     return padding_idx + num_embeddings if padding_idx < 0 else padding_idx
 
 
-def check_size(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def start_from_content(hash_table: Tensor, vectors: Tensor, mode: str) -> None:
     """Writes the principal components of ``vectors [R, D0]`` into ``hash_table [R, D]``, at the table's own scale.
 

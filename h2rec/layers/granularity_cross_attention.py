@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from h2rec.layers._causal_attention import causal_attention
 from h2rec.layers._dropout import Dropout
+from h2rec.ops._checks import check_size
 
 
 class GranularityCrossAttention(nn.Module):
@@ -39,8 +40,7 @@ class GranularityCrossAttention(nn.Module):
 
     def __init__(self, dim: int, num_levels: int, *, num_heads: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
-        if num_levels < 1:
-            raise ValueError(f"num_levels must be at least 1, got {num_levels}")
+        check_size("num_levels", num_levels)
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
         self.dim = dim

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from h2rec.ops._checks import check_option, check_size
+
 MODES = ("sum", "mean", "adaptive")
 
 
@@ -25,10 +27,9 @@ class GranularityFusion(nn.Module):
 
     def __init__(self, dim: int, num_levels: int, mode: str = "sum") -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if dim < 1 or num_levels < 1:
-            raise ValueError(f"dim and num_levels must be at least 1, got {dim} and {num_levels}")
+        check_option("mode", mode, MODES)
+        check_size("dim", dim)
+        check_size("num_levels", num_levels)
         self.dim = dim
         self.num_levels = num_levels
         self.mode = mode

@@ -9,14 +9,13 @@ from h2rec.layers._tables import (
     as_levels,
     check_padding_idx,
     check_sids,
-    check_size,
     make_codebooks,
     make_hashing,
     make_table,
     start_from_content,
 )
 from h2rec.ops import Hashing
-from h2rec.ops._checks import check_option
+from h2rec.ops._checks import check_option, check_size
 from h2rec.semantic_ids import SemanticIds
 
 

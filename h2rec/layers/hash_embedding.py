@@ -7,12 +7,12 @@ from h2rec import ops
 from h2rec.layers._tables import (
     all_vectors,
     check_padding_idx,
-    check_size,
     make_hashing,
     make_table,
     start_from_content,
 )
 from h2rec.ops import Hashing
+from h2rec.ops._checks import check_size
 
 
 class HashEmbedding(nn.Module):

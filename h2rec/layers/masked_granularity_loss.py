@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from h2rec import ops
+from h2rec.ops._checks import check_option
 
 
 class MaskedGranularityLoss(nn.Module):
@@ -53,8 +54,7 @@ class MaskedGranularityLoss(nn.Module):
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
-        if contrast not in ("soft", "hard"):
-            raise ValueError(f"contrast must be 'soft' or 'hard', got {contrast!r}")
+        check_option("contrast", contrast, ("soft", "hard"))
         self.dim = dim
         self.num_levels = num_levels
         self.num_masked = max(1, int(num_levels * mask_ratio))

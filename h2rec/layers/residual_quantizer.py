@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from h2rec import ops
-from h2rec.layers._tables import check_size
+from h2rec.ops._checks import check_size
 from h2rec.ops._codebooks import level_sizes
 from h2rec.ops.kmeans import fit_codebooks
 from h2rec.ops.vector_batches import VectorSource

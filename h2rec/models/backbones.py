@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from h2rec.layers._causal_attention import causal_attention, causal_attention_at
 from h2rec.layers._dropout import Dropout
+from h2rec.ops._checks import check_option, check_size
 
 
 def vectors_at(x: Tensor, positions: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class SASRecBackbone(Backbone):
 
     def __init__(self, dim: int, *, num_layers: int = 2, num_heads: int = 2, dropout: float = 0.2) -> None:
         super().__init__()
-        _check_num_layers(num_layers)
+        check_size("num_layers", num_layers)
         self.blocks = nn.ModuleList(_SASRecBlock(dim, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 
@@ -139,7 +140,7 @@ class BERT4RecBackbone(Backbone):
 
     def __init__(self, dim: int, *, num_layers: int = 2, num_heads: int = 2, dropout: float = 0.2) -> None:
         super().__init__()
-        _check_num_layers(num_layers)
+        check_size("num_layers", num_layers)
         self.norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(_BERT4RecBlock(dim, num_heads, dropout) for _ in range(num_layers))
 
@@ -166,7 +167,7 @@ class GRU4RecBackbone(Backbone):
 
     def __init__(self, dim: int, *, num_layers: int = 2, num_heads: int = 2, dropout: float = 0.2) -> None:
         super().__init__()
-        _check_num_layers(num_layers)
+        check_size("num_layers", num_layers)
         self.gru = nn.GRU(dim, dim, num_layers, batch_first=True, dropout=dropout if num_layers > 1 else 0.0)
         self.dropout = Dropout(dropout)
         self.output = nn.Linear(dim, dim)
@@ -189,14 +190,8 @@ def make_backbone(name: str, dim: int, *, num_layers: int, num_heads: int, dropo
     Raises:
         ValueError: an unknown name, or a size out of range.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}")
+    check_option("backbone", name, BACKBONES)
     return BACKBONES[name](dim, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
-
-
-def _check_num_layers(num_layers: int) -> None:
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
 
 
 class PositionedInput(nn.Module):

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from h2rec.ops._checks import check_size
+
 TABLE_RMS = 0.02
 
 # Numbers that are squared at a time: beside a large table there is no room for its squares.
@@ -42,8 +44,7 @@ class SequentialModel(nn.Module):
 
     def __init__(self, num_items: int, max_length: int) -> None:
         super().__init__()
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        check_size("max_length", max_length)
         self.num_items = num_items
         self.max_length = max_length
 

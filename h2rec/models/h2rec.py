@@ -12,6 +12,7 @@ from h2rec.layers import (
 )
 from h2rec.models.backbones import CausalAttention, PositionedInput, make_backbone, vectors_at
 from h2rec.models.base import Batch, CoOccurrence, SequentialModel, scale_tables
+from h2rec.ops._checks import check_option, check_size
 from h2rec.semantic_ids import SemanticIds
 
 MIXINGS = ("sum", "attention", "residual_attention")
@@ -93,10 +94,8 @@ class H2Rec(SequentialModel):
                 raise ValueError(f"{name} must be 0 or more, got {weight}")
         if min_shared_codes is not None and not 1 <= min_shared_codes <= num_levels:
             raise ValueError(f"min_shared_codes must lie in 1 .. {num_levels}, got {min_shared_codes}")
-        if max_aligned_items < 1:
-            raise ValueError(f"max_aligned_items must be at least 1, got {max_aligned_items}")
-        if mixing not in MIXINGS:
-            raise ValueError(f"mixing must be one of {', '.join(MIXINGS)}, got {mixing!r}")
+        check_size("max_aligned_items", max_aligned_items)
+        check_option("mixing", mixing, MIXINGS)
         if granularity_weight > 0 and mixing == "sum":
             raise ValueError(
                 f"granularity_weight must be 0 with mixing='sum', which has no gate, got {granularity_weight}"

@@ -9,6 +9,7 @@ from h2rec.layers import HarmonizedEmbedding, HashEmbedding, SemanticEmbedding
 from h2rec.models.base import SequentialModel, scale_tables
 from h2rec.models.h2rec import H2Rec
 from h2rec.models.single_branch import SingleBranch
+from h2rec.ops._checks import check_option
 from h2rec.semantic_ids import SemanticIds
 
 
@@ -51,8 +52,7 @@ def model_settings(name: str) -> dict[str, object]:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in MODELS:
-        raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}")
+    check_option("name", name, MODELS)
     settings = {}
     for function in (MODELS[name], SingleBranch):
         parameters = inspect.signature(function).parameters.values()

@@ -1,4 +1,4 @@
-"""Checks of arguments that several operators share. Each raises an error that names the argument.
+"""Checks of arguments that several operators or layers share. Each raises an error that names the argument.
 
 Shapes, dtypes and options are checked in the real and in the fake kernels alike. Values (ids in range, finite
 vectors) need the data: they are checked in real kernels only, and on a GPU only when asked for, because reading
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_NAMED_ROWS = 5
+NAMED = 5  # of many, in a message
+
+
+def check_size(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -56,7 +61,7 @@ def check_finite_rows(name: str, tensor: Tensor) -> None:
     bad = (~tensor.isfinite().all(dim=1)).nonzero().flatten()
     raise ValueError(
         f"{name} must be finite, but {bad.numel()} of {tensor.shape[0]} rows hold NaN or infinity "
-        f"({_first(bad, 'row')})"
+        f"({first_few('row', bad[:NAMED].tolist(), bad.numel())})"
     )
 
 
@@ -74,7 +79,7 @@ def check_range(name: str, tensor: Tensor, limit: int, *, exempt: int | None = N
     if values.numel():
         raise ValueError(
             f"{name} must lie in [0, {limit}), but {values.numel()} of {tensor.numel()} do not "
-            f"({_first(values, 'value')})"
+            f"({first_few('value', values[:NAMED].tolist(), values.numel())})"
         )
 
 
@@ -91,8 +96,7 @@ def check_items(
         check_range(f"codes[:, {level}] of these items", column, size)
 
 
-def _first(values: Tensor, what: str) -> str:
-    shown = ", ".join(str(value) for value in values[:_NAMED_ROWS].tolist())
-    if values.numel() == 1:
-        return f"{what} {shown}"
-    return f"{what}s {shown}{', ...' if values.numel() > _NAMED_ROWS else ''}"
+def first_few(what: str, values: Sequence[int], count: int) -> str:
+    """``row 3``, or ``rows 3, 5, ...``: the first of ``count`` values, of which five are enough."""
+    shown = ", ".join(map(str, values[:NAMED]))
+    return f"{what if count == 1 else what + 's'} {shown}{', ...' if count > NAMED else ''}"

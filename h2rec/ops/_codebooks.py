@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from h2rec.ops._checks import check_dim, check_floating
+from h2rec.ops._checks import check_dim, check_floating, check_size
 
 
 def pack_codebooks(codebooks: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -38,8 +38,7 @@ def level_sizes(
     num_levels: int, codebook_size: int | Sequence[int], name: str = "num_levels"
 ) -> tuple[int, ...]:
     """The codewords of each level, from one number for all or one for each; ``name`` is what errors call the first."""
-    if num_levels < 1:
-        raise ValueError(f"{name} must be at least 1, got {num_levels}")
+    check_size(name, num_levels)
     sizes = [codebook_size] * num_levels if isinstance(codebook_size, int) else list(codebook_size)
     if len(sizes) != num_levels or min(sizes) < 1:
         raise ValueError(

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from h2rec.ops._checks import check_size
+
 
 class Hashing(NamedTuple):
     """The map from an item id to one or more rows of a hash table ``[R, D]``; several rows are summed.
@@ -47,8 +49,7 @@ class Hashing(NamedTuple):
 
 
 def _draw_constants(name: str, count: int, seed: int) -> Tensor:
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
+    check_size(name, count)
     generator = torch.Generator().manual_seed(seed)
     halves = torch.randint(0, 1 << 32, (count, 2, 2), generator=generator)  # 32 bits each
     constants = (halves[..., 0] << 32) | halves[..., 1]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from h2rec.ops import _backends, _cpp
+from h2rec.ops._checks import check_size
 from h2rec.ops.residual_quantize import residual_quantize
 from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 
@@ -76,10 +77,8 @@ def fit_codebooks(
     sizes = list(sizes)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes must be positive, one for each level, got {sizes}")
-    if num_iters < 1:
-        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_size("num_iters", num_iters)
+    check_size("batch_size", batch_size)
     if not 0 <= balance < torch.inf:
         raise ValueError(f"balance must be at least 0, got {balance}")
     residuals = _Residuals(vectors, batch_size)

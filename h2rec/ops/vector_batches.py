@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from h2rec.ops._checks import NAMED, first_few
+
 _Batches = Iterable[Tensor | np.ndarray]
 VectorSource = Tensor | np.ndarray | _Batches | Callable[[], _Batches]
-
-_NAMED_ROWS = 5
 
 
 def vector_batches(vectors: VectorSource, batch_size: int, *, name: str = "vectors") -> Iterator[Tensor]:
@@ -36,15 +36,14 @@ def vector_batches(vectors: VectorSource, batch_size: int, *, name: str = "vecto
         if bad.any():
             rows = bad.nonzero().flatten()
             num_bad += len(rows)
-            first_bad += (rows[:_NAMED_ROWS] + start).tolist()
+            first_bad += (rows[:NAMED] + start).tolist()
             batch = batch.masked_fill(bad.unsqueeze(1), 0)
         start += len(batch)
         yield batch
     if num_bad:
-        named = ", ".join(map(str, first_bad[:_NAMED_ROWS])) + (", ..." if num_bad > _NAMED_ROWS else "")
-        rows = "row" if num_bad == 1 else "rows"
         raise ValueError(
-            f"{name} must be finite, but {num_bad} of {start} rows hold NaN or infinity ({rows} {named})"
+            f"{name} must be finite, but {num_bad} of {start} rows hold NaN or infinity "
+            f"({first_few('row', first_bad, num_bad)})"
         )
 
 

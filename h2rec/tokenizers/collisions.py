@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from h2rec.ops._checks import check_size
 from h2rec.ops.vector_batches import VectorSource, vector_batches
 from h2rec.semantic_ids import SemanticIds
 
@@ -62,10 +63,8 @@ def resolve_collisions(
     Raises:
         ValueError: an argument is out of range, codebooks are not known, or there are not as many vectors as items.
     """
-    if capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
+    check_size("capacity", capacity)
+    check_size("num_candidates", num_candidates)
     if not 0 <= num_published <= sids.num_items:
         raise ValueError(f"num_published must lie in [0, {sids.num_items}], got {num_published}")
     if sids.codebooks is None:

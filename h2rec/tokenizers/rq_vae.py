@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from h2rec._files import save_safetensors
 from h2rec.layers import ResidualQuantizer
+from h2rec.ops._checks import check_option, check_size
 from h2rec.ops._codebooks import level_sizes
 from h2rec.ops.vector_batches import VectorSource, check_repeatable, vector_batches
 from h2rec.semantic_ids import SemanticIds
@@ -71,8 +72,7 @@ class RQVAE(nn.Module):
             raise ValueError(
                 f"dim, latent_dim and hidden must be positive, got {dim}, {latent_dim}, {hidden}"
             )
-        if codebooks not in ("ema", "gradient"):
-            raise ValueError(f"codebooks must be 'ema' or 'gradient', got {codebooks!r}")
+        check_option("codebooks", codebooks, ("ema", "gradient"))
         if sinkhorn < 0 or (sinkhorn and codebooks == "ema"):
             raise ValueError(f"sinkhorn must be at least 0, and 0 with codebooks='ema', got {sinkhorn}")
         self.dim, self.latent_dim, self.hidden, self.seed = dim, latent_dim, tuple(hidden), seed
@@ -188,10 +188,8 @@ class RQVAE(nn.Module):
             TypeError: vectors can be read only once.
         """
         check_repeatable(vectors)
-        if num_epochs < 1 or batch_size < 1:
-            raise ValueError(
-                f"num_epochs and batch_size must be at least 1, got {num_epochs} and {batch_size}"
-            )
+        check_size("num_epochs", num_epochs)
+        check_size("batch_size", batch_size)
         device = next(self.parameters()).device
         optimizer = torch.optim.AdamW(self._parameter_groups(learning_rate), lr=learning_rate)
         kept, first_epoch = None, 0

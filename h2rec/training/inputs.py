@@ -17,13 +17,16 @@ from h2rec.data import (
     Split,
     co_occurrence,
     leave_one_out,
-    read_embeddings,
     read_interactions,
     read_items,
     sample_negatives,
 )
+from h2rec.ops.vector_batches import vector_batches
 from h2rec.semantic_ids import SemanticIds
+from h2rec.tokenizers import open_vectors
 from h2rec.training.config import TrainConfig
+
+_CHECKED_ROWS = 65536
 
 
 class Inputs(NamedTuple):
@@ -31,7 +34,9 @@ class Inputs(NamedTuple):
 
     split: Split
     sids: SemanticIds
-    content: Tensor | None  # [num_items, D0], in the file's dtype; an .npy is mapped
+    content: (
+        Tensor | None
+    )  # [num_items, D0], in the file's dtype; an .npy is mapped, copied where it is written
     co_occurrence: CoOccurrence | None  # of the training part
     eval_users: np.ndarray | None  # those who are ranked; None: all
     negatives: dict[str, np.ndarray]  # of each stage, [num_users or len(eval_users), n]
@@ -82,11 +87,24 @@ def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
             )
     content = None
     if config.embeddings is not None:
-        content = torch.from_numpy(read_embeddings(config.embeddings, num_items=sids.num_items))
+        content = _read_content(config.embeddings, sids.num_items)
     is_aligned = "h2rec" in config.models and config.alignment_weight > 0
     pairs = co_occurrence(split) if is_aligned and config.co_occurrence else None
     users = eval_users(config, split)
     return Inputs(split, sids, content, pairs, users, _ranking_negatives(config, split, users))
+
+
+def _read_content(path: str, num_items: int) -> Tensor:
+    vectors = open_vectors(path)
+    if len(vectors) != num_items:
+        raise ValueError(
+            f"{path}: expected {num_items} rows, one per item of the catalog, got {len(vectors)}"
+        )
+    for _ in vector_batches(vectors, _CHECKED_ROWS, name=path):  # which refuses rows that are not finite
+        pass
+    if vectors.path.suffix.lower() == ".npy":
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return torch.cat(list(vectors()))
 
 
 def eval_users(config: TrainConfig, split: Split) -> np.ndarray | None:

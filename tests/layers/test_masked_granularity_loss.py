@@ -109,7 +109,7 @@ def test_is_exact_under_autocast(device):
         ({"num_levels": 1}, "num_levels must be at least 2"),
         ({"num_levels": 4, "mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1, got 0.0"),
         ({"num_levels": 4, "mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
-        ({"num_levels": 4, "contrast": "firm"}, "contrast must be 'soft' or 'hard', got 'firm'"),
+        ({"num_levels": 4, "contrast": "firm"}, "contrast must be one of 'soft', 'hard', got 'firm'"),
         ({"num_levels": 4, "temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
     ],
 )

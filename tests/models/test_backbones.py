@@ -159,5 +159,7 @@ def test_refuses_bad_sizes():
     for backbone in BACKBONES.values():
         with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
             backbone(8, num_layers=0)
-    with pytest.raises(ValueError, match="backbone must be one of sasrec, gru4rec, bert4rec, got 'lstm'"):
+    with pytest.raises(
+        ValueError, match="backbone must be one of 'sasrec', 'gru4rec', 'bert4rec', got 'lstm'"
+    ):
         make_backbone("lstm", 8, num_layers=1, num_heads=1, dropout=0.0)

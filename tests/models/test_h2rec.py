@@ -196,7 +196,7 @@ def test_ragged_codebooks_and_sparse_gradients(settings, make_model, batch):
         ({"granularity_weight": float("nan")}, "granularity_weight must be 0 or more, got nan"),
         ({"min_shared_codes": 5}, r"min_shared_codes must lie in 1 \.\. 4, got 5"),
         ({"max_aligned_items": 0}, "max_aligned_items must be at least 1, got 0"),
-        ({"mixing": "gate"}, "mixing must be one of sum, attention, residual_attention, got 'gate'"),
+        ({"mixing": "gate"}, "mixing must be one of 'sum', 'attention', 'residual_attention', got 'gate'"),
         (
             {"granularity_weight": 0.1},
             "granularity_weight must be 0 with mixing='sum', which has no gate, got 0.1",
@@ -205,7 +205,7 @@ def test_ragged_codebooks_and_sparse_gradients(settings, make_model, batch):
             {"alignment_weight": 0.1, "alignment_temperature": 0.0},
             "temperature must be a finite number above 0",
         ),
-        ({"fusion": "max"}, "mode must be one of sum, mean, adaptive, got 'max'"),
+        ({"fusion": "max"}, "mode must be one of 'sum', 'mean', 'adaptive', got 'max'"),
         ({"num_heads": 3}, "num_heads must divide dim"),
     ],
 )

@@ -315,7 +315,8 @@ def test_settings_arrive(sids):
 
 def test_refuses_unknown_names_and_settings(sids):
     with pytest.raises(
-        ValueError, match="one of hash, llminit, semantic, sum, mean, concat, h2rec, got 'tiger'"
+        ValueError,
+        match="one of 'hash', 'llminit', 'semantic', 'sum', 'mean', 'concat', 'h2rec', got 'tiger'",
     ):
         build_model("tiger", sids)
     with pytest.raises(TypeError, match="model 'hash' has no setting alignment_weight; it has dim, sparse"):

@@ -153,7 +153,7 @@ def test_ranks_with_uneven_batches_keep_equal_models(tmp_path, codebooks):
     ("options", "message"),
     [
         ({"hidden": (0,)}, "dim, latent_dim and hidden must be positive"),
-        ({"codebooks": "sgd"}, "codebooks must be 'ema' or 'gradient', got 'sgd'"),
+        ({"codebooks": "sgd"}, "codebooks must be one of 'ema', 'gradient', got 'sgd'"),
         ({"sinkhorn": 0.1}, "sinkhorn must be at least 0, and 0 with codebooks='ema', got 0.1"),
         ({"sinkhorn": -1.0, "codebooks": "gradient"}, "sinkhorn must be at least 0"),
     ],
@@ -168,5 +168,5 @@ def test_bad_vectors(vectors):
         make().tokenize(vectors[:, :5])
     with pytest.raises(ValueError, match="at least as many rows as a level has codewords, 16, got 3"):
         make().fit(vectors[:3])
-    with pytest.raises(ValueError, match="num_epochs and batch_size must be at least 1, got 0 and 1024"):
+    with pytest.raises(ValueError, match="num_epochs must be at least 1, got 0"):
         make().fit(vectors, num_epochs=0)
