@@ -21,12 +21,10 @@ from h2rec.data import (
     read_items,
     sample_negatives,
 )
-from h2rec.ops.vector_batches import vector_batches
+from h2rec.ops._checks import check_finite_rows
 from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers import open_vectors
 from h2rec.training.config import TrainConfig
-
-_CHECKED_ROWS = 65536
 
 
 class Inputs(NamedTuple):
@@ -100,11 +98,10 @@ def _read_content(path: str, num_items: int) -> Tensor:
         raise ValueError(
             f"{path}: expected {num_items} rows, one per item of the catalog, got {len(vectors)}"
         )
-    for _ in vector_batches(vectors, _CHECKED_ROWS, name=path):  # which refuses rows that are not finite
-        pass
-    if vectors.path.suffix.lower() == ".npy":
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
-    return torch.cat(list(vectors()))
+    is_npy = vectors.path.suffix.lower() == ".npy"
+    content = torch.from_numpy(np.load(path, mmap_mode="c")) if is_npy else torch.cat(list(vectors()))
+    check_finite_rows(path, content)
+    return content
 
 
 def eval_users(config: TrainConfig, split: Split) -> np.ndarray | None:
