@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
 import polars as pl
 import pytest
@@ -84,9 +86,11 @@ def check_whole(folder: Path) -> None:
         ".html": lambda path: (
             path.read_text().rstrip().endswith("</html>") or pytest.fail(f"{path}: cut off")
         ),
+        ".pt2": torch.export.load,
+        ".faiss": lambda path: faiss.read_index(str(path)),
     }
     for path in folder.rglob("*"):
-        if path.suffix in readers and ".partial" not in path.suffixes:
+        if path.suffix in readers and ".partial" not in str(path.relative_to(folder)):
             readers[path.suffix](path)
 
 
@@ -181,3 +185,52 @@ def result(run: Path) -> tuple[dict, list[dict]]:
         del model["seconds"]
     checkpoints = sorted(run.glob("*/checkpoints/*.ckpt"))
     return metrics, [torch.load(path, weights_only=True)["state_dict"] for path in checkpoints]
+
+
+@pytest.fixture(scope="module")
+def run(log, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    files = ("--interactions", log / "log.parquet", "--sids", log / "sids.safetensors")
+    size = ("--dim", 16, "--layers", 1, "--epochs", 1, "--models", "sum,h2rec")
+    finish(["train", *files, *size, "-o", folder])
+    return folder
+
+
+@pytest.mark.parametrize(("earlier", "kills"), [(False, 4), (True, 4)], ids=["new", "in place of another"])
+def test_export(earlier, kills, run, tmp_path, start_up):
+    """The folder is not there until it is whole; an earlier one stays until then, and is put back by the next start."""
+    before, work = tmp_path / "before", tmp_path / "work"
+    finish(["export", run, before, "--model", "sum", "--faiss"])
+    names = sorted(os.listdir(before))
+
+    def command(folder: Path) -> list[object] | None:
+        out = folder / "out"
+        if earlier and not folder.exists():
+            shutil.copytree(before, out)
+        if out.exists():
+            assert sorted(os.listdir(out)) == names
+            if json.loads((out / "export.json").read_text())["model"] == "h2rec":
+                return None
+        assert out.exists() or (folder / ".out.old").exists() or not earlier
+        return ["export", run, out, "--model", "h2rec", "--faiss", "--force"]
+
+    kill_again_and_again(command, work, kills, start_up)
+    undisturbed, *others = sorted(work.iterdir(), key=lambda folder: int(folder.name))
+    assert others
+    expected = served(undisturbed / "out")
+    for folder in others:
+        assert set(os.listdir(folder)) <= {"out", ".out.old"}  # the latter until the next export
+        for ours, theirs in zip(served(folder / "out"), expected, strict=True):
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def served(out: Path) -> tuple[object, ...]:
+    """What an export holds, and what its encoder and its index give."""
+    items = safetensors.torch.load_file(out / "items.safetensors")["items"]
+    users = torch.export.load(out / "user_encoder.pt2").module()(
+        torch.arange(12).view(3, 4), torch.tensor([4, 1, 2])
+    )
+    scores, found = faiss.read_index(str(out / "items.faiss")).search(items[:20].numpy(), 10)
+    tables = ((out / name).read_bytes() for name in ("export.json", "sids.parquet"))
+    sids = SemanticIds.load(out / "sids.safetensors")
+    return items, users, torch.from_numpy(scores), torch.from_numpy(found), sids, *tables

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,7 +159,9 @@ def test_torchrun_ends_when_one_process_is_killed(options, tmp_path):
 def test_the_others_notice_by_themselves(victim, options, tmp_path):
     """Without a launcher that ends them."""
     run = tmp_path / "run"
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free
+        port = str(server.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
     command = [sys.executable, *H2REC, "train", *endless(options, run)]
     ranks = [
         subprocess.Popen(
