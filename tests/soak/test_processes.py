@@ -24,7 +24,7 @@ SECONDS = 60  # in which all must have noticed that one is dead
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[object]:
-    """Of `h2rec train`, without what has random numbers of each process's own: dropout, drawn negatives."""
+    """Of `h2rec train`, without what each process draws for itself: dropout, and items of a target's kind."""
     folder = tmp_path_factory.mktemp("log")
     rng = np.random.default_rng(0)
     users = np.repeat(np.arange(NUM_USERS), rng.integers(4, 15, NUM_USERS))
@@ -36,19 +36,9 @@ def options(tmp_path_factory) -> list[object]:
     codes = torch.from_numpy(rng.integers(0, 8, (NUM_ITEMS, 3)))
     SemanticIds(codes, codebook_sizes=(8, 8, 8)).save(folder / "sids.safetensors")
     files = ("--interactions", folder / "log.parquet", "--sids", folder / "sids.safetensors")
-    losses = (
-        "--dropout",
-        0,
-        "--alignment-weight",
-        0,
-        "--granularity-weight",
-        0,
-        "--accelerator",
-        "cpu",
-        "--ranking-negatives",
-        20,
-    )
-    return [*files, *losses, *("--dim", 8, "--layers", 1, "--epochs", 4, "--models", "sum,h2rec")]
+    weights = ("--dropout", 0, "--alignment-weight", 0, "--granularity-weight", 0, "--target-smoothing", 0)
+    size = ("--dim", 8, "--layers", 1, "--epochs", 4, "--models", "sum,h2rec")
+    return [*files, *weights, *size, "--accelerator", "cpu", "--ranking-negatives", 20]
 
 
 def train(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
