@@ -17,7 +17,7 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*
 help:
 	@echo 'make demo     train H2Rec and what it is compared with on MovieLens-100k, and write a report'
 	@echo 'make test     run the tests                      (ARGS="-k name" goes to pytest)'
-	@echo 'make soak     kill commands at random moments and look whether they go on (ten minutes)'
+	@echo 'make soak     kill commands at random moments and look whether they go on (a quarter of an hour)'
 	@echo 'make integrations   run the tests with models of other libraries, in $(INTEGRATIONS)'
 	@echo 'make lint     check style and formatting'
 	@echo 'make bench    run the benchmarks                 (ARGS="..." goes to pytest)'
