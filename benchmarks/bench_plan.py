@@ -56,7 +56,7 @@ def machine(device: torch.device) -> Device:
         rate.yardstick_per_call / column.median
         for rate, column in zip((copies, products), timed, strict=True)
     )
-    return Device("here", math.inf, bandwidth, flops, flops, flops, math.inf, math.inf)
+    return Device("here", math.inf, bandwidth, flops, flops, math.inf, math.inf)
 
 
 def check(compare, device: torch.device, work: list[Work], call: Callable) -> None:

@@ -27,7 +27,6 @@ class Device:
         memory: bytes.
         bandwidth: bytes from and to memory.
         fp32, bf16: operations of matrix products.
-        exact_fp32: those of our kernels, which make fp32 products of three of TF32.
         instructions: other instructions, counted in lanes.
         link: bytes sent to other devices.
     """
@@ -37,18 +36,17 @@ class Device:
     bandwidth: float
     fp32: float
     bf16: float
-    exact_fp32: float
     instructions: float
     link: float
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (an eighth of the board). Products without sparsity;
-# a third of TF32; four warps' instructions a clock of each multiprocessor; half of NVLink's two directions.
+# four warps' instructions a clock of each multiprocessor; half of NVLink's two directions.
 GPUS = (
-    Device("A100", 80e9, 2.04e12, 19.5e12, 312e12, 52e12, 1.9e13, 300e9),
-    Device("H100", 80e9, 3.35e12, 67e12, 990e12, 165e12, 2.9e13, 450e9),
-    Device("H200", 141e9, 4.8e12, 67e12, 990e12, 165e12, 2.9e13, 450e9),
-    Device("B200", 180e9, 8.0e12, 75e12, 2250e12, 367e12, 3.5e13, 900e9),
+    Device("A100", 80e9, 2.04e12, 19.5e12, 312e12, 1.9e13, 300e9),
+    Device("H100", 80e9, 3.35e12, 67e12, 990e12, 2.9e13, 450e9),
+    Device("H200", 141e9, 4.8e12, 67e12, 990e12, 2.9e13, 450e9),
+    Device("B200", 180e9, 8.0e12, 75e12, 2250e12, 3.5e13, 900e9),
 )
 
 
@@ -61,7 +59,6 @@ class Work:
         products: operations of matrix products (2 per multiply-add).
         instructions: other instructions that matter, in lanes.
         sent: bytes to other devices.
-        ours: products are made by a kernel of this library.
         dtype: of the operands of the products.
     """
 
@@ -70,11 +67,10 @@ class Work:
     products: float = 0.0
     instructions: float = 0.0
     sent: float = 0.0
-    ours: bool = False
     dtype: str = "float32"
 
     def seconds_by_limit(self, device: Device) -> dict[str, float]:
-        rate = device.bf16 if self.dtype == "bfloat16" else device.exact_fp32 if self.ours else device.fp32
+        rate = device.bf16 if self.dtype == "bfloat16" else device.fp32
         return {
             "memory": self.bytes / device.bandwidth,
             "products": self.products / rate,
@@ -164,7 +160,12 @@ class Plan:
         size = ITEM_SIZES[self.dtype]
         rows = self.items / self.gpus
         dense = self.dense_parameters + self.codebook_parameters
-        gradient = self.rows_touched * (self.row_bytes + 8) if self.sparse else rows * self.row_bytes
+        # sparse: of each lookup, and then summed by row
+        gradient = (
+            (self.looked_up + self.rows_touched) * (self.row_bytes + 8)
+            if self.sparse
+            else rows * self.row_bytes
+        )
         # Tensors of [B, T, D] that autograd keeps: of the model, by layers, and 11 of the losses.
         kept = 4 + 26 * self.layers + 11
         scores = self.tokens * SHARED_NEGATIVES
@@ -244,9 +245,12 @@ class Plan:
             return Work(
                 "AdamW of the table", self.items / self.gpus * self.dim * ((3 + ADDITIONS) * size + 16)
             )
-        # gradients of the lookups are sorted and added up; then gradient, row and sum are read, row and sum written
-        update = self.rows_touched * (3 * row + 4 * 4)
-        return Work("row-wise Adagrad", self.looked_up * (2 * row + 96) + update)
+        # Gradients of the lookups are joined, the two smallest first, then sorted, read, and written summed by row.
+        joined = 2 * row * (self.looked_up + self.looked_up - 2 * self.tokens)
+        summed = self.looked_up * (row + 96) + self.rows_touched * row
+        # Eager operators read or write D numbers of a row 5 times in its dtype and 7 times in fp32, beside 100 bytes.
+        update = self.rows_touched * (5 * row + 7 * 4 * self.dim + 100)
+        return Work("row-wise Adagrad", joined + summed + update)
 
     def tokenizing(self) -> list[Work]:
         """Codes of the whole catalog, per device."""
@@ -258,7 +262,6 @@ class Plan:
                 products=2.0 * rows * d * self.levels * self.codebook,
                 # of a warp: 230 to scan 128 products, 250 for the residual and the decision
                 instructions=32.0 * rows * self.levels * (230 * self.codebook / 128 + 250),
-                ours=True,
                 dtype="bfloat16",  # 16-bit products find candidates
             )
         ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from h2rec.ops._checks import check_dim, check_floating, check_integer, check_same_device
 
 # Scores held at a time: on a CPU what stays in cache, on a GPU enough to keep it busy.
-_TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+_TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 _QUERIES = 1024  # at most, of a tile: many more would leave it few items
 _BLOCK = 32  # neighbouring items, of whose scores only the largest is looked at first
 
@@ -47,12 +47,15 @@ def score_topk(
 
     best_scores = queries.new_full((num_queries, k), -torch.inf)
     best_items = queries.new_full((num_queries, k), -1, dtype=torch.int64)
-    size = max(k, _TILE_ELEMENTS.get(queries.device.type, 1 << 26) // max(min(num_queries, _QUERIES), 1))
+    at_once = max(min(num_queries, _QUERIES), 1)
+    size = max(k, _TILE_ELEMENTS.get(queries.device.type, 1 << 26) // at_once)
+    # The same for each tile: where the system has to clear pages for them, it takes longer than the products.
+    memory = queries.new_empty((size + _BLOCK) * at_once)
     start = 0
     for tile in _tiles(queries, items, size):
         for first in range(0, num_queries, _QUERIES):
             part = slice(first, first + _QUERIES)
-            scores = _scores(tile, queries[part])
+            scores = _scores(tile, queries[part], memory)
             if exclude is not None:
                 item = exclude[part] - start
                 query, which = ((item >= 0) & (item < len(tile))).nonzero(as_tuple=True)
@@ -62,10 +65,11 @@ def score_topk(
     return best_scores, best_items
 
 
-def _scores(items: Tensor, queries: Tensor) -> Tensor:
-    """``[n, B]``, with -inf from the last item to the end of its block."""
+def _scores(items: Tensor, queries: Tensor, memory: Tensor) -> Tensor:
+    """``[n, B]`` in that memory, with -inf from the last item to the end of its block."""
     num_items, num_queries = len(items), len(queries)
-    scores = queries.new_empty(-(-num_items // _BLOCK) * _BLOCK, num_queries)
+    size = -(-num_items // _BLOCK) * _BLOCK
+    scores = memory[: size * num_queries].view(size, num_queries)
     torch.mm(items, queries.T, out=scores[:num_items])
     scores[num_items:] = -torch.inf
     return scores

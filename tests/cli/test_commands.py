@@ -276,7 +276,7 @@ def test_plan():
     assert "hash table 6.4 GB" in printed
     assert "optimizer state of the table 50 MB" in printed
     assert "gradients, all-reduce" in printed
-    assert "H200: 8.7 GB fits into 141 GB" in printed
+    assert "H200: 8.73 GB fits into 141 GB" in printed
     printed = call("plan", *options, "--dense")
     assert "optimizer state of the table 102 GB" in printed
     assert "does not fit into 180 GB" in printed
