@@ -1,6 +1,5 @@
 """What `h2rec.planning` predicts for this machine, beside what is measured; a case beyond a factor of two fails."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,9 +41,8 @@ SHAPES = pytest.mark.shapes(
 )
 
 
-@functools.cache
 def machine(device: torch.device) -> Device:
-    """This one: a copy's rate, and that of `torch.mm`; other instructions and the network count for nothing."""
+    """This one, now: a copy's rate, and that of `torch.mm`; other instructions and the network count for nothing."""
     copies, products = (
         yardstick(1.0, device) for yardstick in (_yardsticks.of_copies, _yardsticks.of_matrix_products)
     )
@@ -60,8 +58,9 @@ def machine(device: torch.device) -> Device:
 
 
 def check(compare, device: torch.device, work: list[Work], call: Callable) -> None:
-    """Times `call`, whose work is known, and holds it against the prediction."""
-    predicted = sum(part.seconds(machine(device)) for part in work)
+    """Times `call`, whose work is known, and holds it against what the machine's rates of just before predict."""
+    here = machine(device)
+    predicted = sum(part.seconds(here) for part in work)
     name = f"h2rec (predicted {format_seconds(predicted)})"
     measured = compare({name: call}, baseline=name, agree=lambda result, expected: None).column(name).median
     assert predicted / WITHIN <= measured <= predicted * WITHIN, (
