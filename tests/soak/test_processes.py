@@ -43,7 +43,7 @@ def options(tmp_path_factory) -> list[object]:
 
 def train(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     command = [sys.executable, *launcher, *(() if launcher else H2REC), "train", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def torchrun(count: int) -> tuple[str, ...]:
