@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -87,6 +88,8 @@ def _one_process(
     accelerator: str,
     meeting: Path,
 ) -> None:
+    # Sent when the process that started this one is gone: Python's handler waits for an exchange that may never end.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Lightning finds the group that is there, and by LOCAL_RANK that it need not start processes.
     os.environ["LOCAL_RANK"] = str(rank)
     rank_zero_only.rank = rank

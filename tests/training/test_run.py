@@ -681,6 +681,30 @@ def test_a_process_that_does_not_come(monkeypatch):
         pass
 
 
+WAIT_FOR_EACH_OTHER = """
+import torch
+import torch.distributed as dist
+from h2rec.training.processes import train_in_processes
+
+def wait_for_each_other():
+    print("ready", flush=True)
+    dist.recv(torch.empty(1), src=1 - dist.get_rank())
+
+if __name__ == "__main__":
+    train_in_processes(wait_for_each_other, (), 2, "cpu")
+"""
+
+
+def test_the_process_that_started_the_others_is_killed(tmp_path):
+    (tmp_path / "wait.py").write_text(WAIT_FOR_EACH_OTHER)
+    command = [sys.executable, str(tmp_path / "wait.py")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert [child.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    time.sleep(0.5)
+    child.kill()
+    child.communicate(timeout=60)  # until both have ended
+
+
 def test_an_error_in_one_of_two_processes(make_config, device, tmp_path):
     if device != "cpu" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
