@@ -12,6 +12,9 @@ from ._quality_report import CHAMPION, by_variant, mean_metric, of_common_seeds
 
 Cells = Sequence[dict[str, Any]]
 
+_COMPARED = (CHAMPION, "sum", "hash", "semantic", "llminit", "mean", "concat", "paper")
+_COLORS = {variant: f"C{i}" for i, variant in enumerate(_COMPARED)}  # the same in all data sets
+
 
 def draw(cells: Cells) -> dict[str, Figure]:
     """By name: ``bands``, ``seesaw`` and, where there are ablations, ``ablation``; a column of axes per data set."""
@@ -45,7 +48,8 @@ def _draw_bands(axes: Axes, groups: dict[str, Cells]) -> None:
     width = 0.8 / len(groups)
     for i, (variant, cells) in enumerate(groups.items()):
         places = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(bands))]
-        axes.bar(places, [mean_metric(cells, "full", band) for band in bands], width * 0.9, label=variant)
+        means = [mean_metric(cells, "full", band) for band in bands]
+        axes.bar(places, means, width * 0.9, color=_COLORS[variant], label=variant)
     axes.set_xticks(range(len(bands)), [f"{band}\n{counts[band]['count']:,} users" for band in bands])
     axes.set_xlabel("training interactions of the held-out item")
     axes.set_ylabel("NDCG@10")
@@ -54,11 +58,11 @@ def _draw_bands(axes: Axes, groups: dict[str, Cells]) -> None:
 
 def _draw_seesaw(axes: Axes, groups: dict[str, Cells]) -> None:
     """Head against tail: small points are seeds, large ones their means; up and right is better."""
-    for i, (variant, cells) in enumerate(groups.items()):
+    for variant, cells in groups.items():
         for cell in cells:
-            axes.plot(*_head_and_tail([cell]), "o", color=f"C{i}", markersize=3, alpha=0.6)
+            axes.plot(*_head_and_tail([cell]), "o", color=_COLORS[variant], markersize=3, alpha=0.6)
         place = _head_and_tail(cells)
-        axes.plot(*place, "o", color=f"C{i}", markersize=8)
+        axes.plot(*place, "o", color=_COLORS[variant], markersize=8)
         axes.annotate(variant, place, (7, 4), textcoords="offset points", fontsize=9)
     axes.margins(0.2)
     axes.set_xlabel("NDCG@10, head")

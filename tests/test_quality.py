@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from benchmarks import quality
+from benchmarks._quality_plot import _COLORS
 from benchmarks._quality_report import paired_bootstrap, significance
 
 TINY = ("dim=8", "num_layers=1", "max_epochs=1", "max_length=6", "ranking_negatives=10", "accelerator=cpu")
@@ -184,6 +185,10 @@ def test_seeds_that_only_one_model_has_are_not_compared(tmp_path):
     lines = significance(cells, tmp_path).splitlines()[2:]
     assert lines[0].startswith("| hash | 1 | +0.0 %")
     assert not any(line.startswith("| sum") for line in lines)
+
+
+def test_every_model_that_is_compared_has_a_color():
+    assert set(_COLORS) == set(quality.VARIANTS) - set(quality.ABLATIONS)
 
 
 def test_bootstrap_ends():
