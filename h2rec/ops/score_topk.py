@@ -49,10 +49,12 @@ def score_topk(
     best_items = queries.new_full((num_queries, k), -1, dtype=torch.int64)
     at_once = max(min(num_queries, _QUERIES), 1)
     size = max(k, _TILE_ELEMENTS.get(queries.device.type, 1 << 26) // at_once)
-    # The same for each tile: where the system has to clear pages for them, it takes longer than the products.
-    memory = queries.new_empty((size + _BLOCK) * at_once)
+    # The same for all tiles: where the system has to clear pages for them, it takes longer than the products.
+    memory = queries.new_empty(0)
     start = 0
     for tile in _tiles(queries, items, size):
+        if len(memory) < (len(tile) + _BLOCK) * at_once:
+            memory = queries.new_empty((len(tile) + _BLOCK) * at_once)
         for first in range(0, num_queries, _QUERIES):
             part = slice(first, first + _QUERIES)
             scores = _scores(tile, queries[part], memory)
