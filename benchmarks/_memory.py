@@ -28,7 +28,10 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
         return None
     before, of_files = _status_bytes("VmRSS"), _status_bytes("RssFile")
     call()
-    return max(0, _status_bytes("VmHWM") - before - (_status_bytes("RssFile") - of_files))
+    read_in = max(
+        0, _status_bytes("RssFile") - of_files
+    )  # fewer pages than before: the kernel took some back
+    return max(0, _status_bytes("VmHWM") - before - read_in)
 
 
 def peak_anonymous_bytes(call: Callable[[], Any], device: torch.device) -> int | None:

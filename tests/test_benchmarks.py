@@ -185,6 +185,14 @@ def test_peak_memory_counts_no_page_of_a_file(tmp_path):
     assert peak < 0.05 * size
 
 
+@pytest.mark.parametrize(("files_after", "extra"), [(50, 30), (70, 10), (20, 30)])
+def test_peak_memory_counts_no_page_that_the_kernel_takes_back_or_reads_in(files_after, extra, monkeypatch):
+    told = {"VmRSS": [100], "RssFile": [50, files_after], "VmHWM": [130]}
+    monkeypatch.setattr(memory, "_forget_the_past", lambda: True)
+    monkeypatch.setattr(memory, "_status_bytes", lambda field: told[field].pop(0))
+    assert memory.peak_extra_bytes(lambda: None, torch.device("cpu")) == extra
+
+
 def test_json_holds_every_measurement():
     rate = harness.Rate("FLOP", 100.0, "mm", lambda: None, 300.0)
     columns = [column("eager", [4.0, 6.0, 8.0]), column("ours", [2.0, 1.0, 8.0])]
