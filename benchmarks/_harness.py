@@ -157,7 +157,7 @@ def compare_calls(
     memory: bool | Callable[[Call, torch.device], int | None] = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
-    """Check that the columns agree, time them in turns and, if asked, measure the peak memory of one call of each.
+    """Check that the columns agree, time them in turns and, if asked, measure the peak memory of a call of each.
 
     `memory` may be the measure; True is `peak_extra_bytes`.
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import statistics
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
     """CUDA: bytes of torch's caching allocator. CPU: resident memory of this process, whoever allocated it.
 
     Results and gradients that the call leaves behind count; pages of files do not, such as code that the kernel had
-    taken back and the call reads in again. None where the kernel does not tell: Linux with glibc does.
+    taken back and the call reads in again. It may do both within one call, so that the CPU's is the median of three.
+    None where the kernel does not tell: Linux with glibc does.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -26,12 +28,7 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
 
     if not _forget_the_past():
         return None
-    before, of_files = _status_bytes("VmRSS"), _status_bytes("RssFile")
-    call()
-    read_in = max(
-        0, _status_bytes("RssFile") - of_files
-    )  # fewer pages than before: the kernel took some back
-    return max(0, _status_bytes("VmHWM") - before - read_in)
+    return statistics.median(_resident_extra_bytes(call) for _ in range(3))
 
 
 def peak_anonymous_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
@@ -54,6 +51,16 @@ def peak_anonymous_bytes(call: Callable[[], Any], device: torch.device) -> int |
         done.set()
         watcher.join()
     return max(peak, _status_bytes("RssAnon")) - before
+
+
+def _resident_extra_bytes(call: Callable[[], Any]) -> int:
+    _forget_the_past()
+    before, of_files = _status_bytes("VmRSS"), _status_bytes("RssFile")
+    call()
+    read_in = max(
+        0, _status_bytes("RssFile") - of_files
+    )  # fewer pages than before: the kernel took some back
+    return max(0, _status_bytes("VmHWM") - before - read_in)
 
 
 def _forget_the_past() -> bool:
