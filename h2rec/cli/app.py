@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -29,24 +29,27 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
         except _EXPECTED as error:
             if ctx.params.get("debug"):
                 raise
             message = str(error) or type(error).__name__
             errors.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
-            if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-                _leave_at_once()
+            _leave_if_launched(1)
             raise typer.Exit(1) from error
+        _leave_if_launched(0)
+        return result
 
 
-def _leave_at_once() -> NoReturn:
+def _leave_if_launched(code: int) -> None:
     """Ends one of several processes without tidying up, for which Python takes seconds. Its connections close then.
 
     By these the others hear of it, in turn: who waits for a process that has heard of it hears when that one ends.
+    Also, threads of gloo outlive the group, and Python aborts if one of them lets go of a tensor while it ends.
     """
-    sys.stdout.flush()
-    os._exit(1)
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        sys.stdout.flush()
+        os._exit(code)
 
 
 app = typer.Typer(

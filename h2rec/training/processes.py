@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -107,6 +108,8 @@ def _one_process(
         _leave_cause(error, rank, meeting)
         raise
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo outlive the group; Python aborts if one lets go of a tensor while it ends
 
 
 def _backend(accelerator: str) -> str:

@@ -1,5 +1,6 @@
 """Run by test_alignment_loss.py: one process per count of rows, each with its part of one batch."""
 
+import os
 import sys
 from unittest import mock
 
@@ -59,6 +60,7 @@ def one_rank(rank: int, rendezvous: str, counts: list[int]) -> None:
     except ValueError as error:
         print(error, flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo outlive the group; Python aborts if one lets go of a tensor while it ends
 
 
 if __name__ == "__main__":
