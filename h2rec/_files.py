@@ -105,4 +105,8 @@ def save_rows(path: Path, name: str, shape: tuple[int, int], parts: Iterable[np.
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes one safetensors file, whole or not at all; errors are those of :func:`replacing`."""
     with replacing(path) as temporary:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         safetensors.torch.save_file(dict(tensors), temporary, dict(metadata))
+        temporary.chmod(permissions)  # as of any new file; safetensors lets nobody but the owner read

@@ -146,6 +146,13 @@ def with_header(header):
     return lambda path: path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
+def test_whoever_may_read_new_files_may_read_it(tmp_path):
+    path, other = tmp_path / "sids.safetensors", tmp_path / "other"
+    other.touch()
+    make().save(path)
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [

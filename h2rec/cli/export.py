@@ -11,7 +11,6 @@ from rich.table import Table
 
 from h2rec.cli.console import output as console
 from h2rec.cli.files import check_folder_of
-from h2rec.cli.recommend import default_model
 
 _WHAT = {
     "export.json": "sizes, the padding id, and what was measured",
@@ -49,10 +48,11 @@ def export(
         h2rec export runs/shop exported/sum --model sum --faiss --aot
     """
     from h2rec.training import TrainConfig
+    from h2rec.training.config import main_model
     from h2rec.training.export import export_run
 
     check_folder_of(output)
-    name = model or default_model(TrainConfig.of_run(run))
+    name = model or main_model(TrainConfig.of_run(run).models)
     with console.status(f"Exporting {name}"):
         description = export_run(run, name, output, aot=aot, faiss=faiss, force=force)
     table = Table(title=f"{name} in {output}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from h2rec.data import ItemCatalog
-    from h2rec.training import TrainConfig
 
 _SHOWN_HISTORY = 5
 
@@ -45,11 +44,12 @@ def recommend(
         h2rec recommend runs/demo --history 50,181,174 --model sum -k 5
     """
     from h2rec.training import TrainConfig, load_model
+    from h2rec.training.config import main_model
     from h2rec.training.recommend import item_history, recommend, user_history
 
     if (user is None) == (history is None):
         raise ValueError("recommend needs either --user or --history")
-    name = model or default_model(TrainConfig.of_run(run))
+    name = model or main_model(TrainConfig.of_run(run).models)
     trained, config, catalog, _ = load_model(run, name)
     if user is None:
         items = item_history(catalog, [item.strip() for item in history.split(",")])
@@ -68,10 +68,6 @@ def recommend(
         titles = () if title is None else (title,)
         table.add_row(str(place), str(item), *titles, f"{score:.3f}")
     console.print(table)
-
-
-def default_model(config: TrainConfig) -> str:
-    return "h2rec" if "h2rec" in config.models else config.models[-1]
 
 
 def _described(items: np.ndarray, catalog: ItemCatalog) -> str:

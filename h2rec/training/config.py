@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +310,11 @@ class TrainConfig:
     def model_settings(self, model: str) -> dict[str, Any]:
         """The settings that `h2rec.models.build_model` takes for one of the models."""
         return {name: getattr(self, name) for name in model_settings(model) if hasattr(self, name)}
+
+
+def main_model(models: Sequence[str]) -> str:
+    """Which of a run's models is meant where none is named."""
+    return "h2rec" if "h2rec" in models else models[-1]
 
 
 def is_large(num_items: int) -> bool:

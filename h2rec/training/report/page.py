@@ -7,6 +7,7 @@ import math
 from html import escape
 from typing import Any
 
+from h2rec.training.config import main_model
 from h2rec.training.report import charts
 from h2rec.training.report.run import BASELINE, ReportedRun
 from h2rec.training.report.style import STYLE
@@ -71,7 +72,7 @@ _READ_SETTINGS = (
 def _read_tables(run: ReportedRun, negatives: int) -> str:
     history = "left out of" if run.metrics["ranking"]["history_masked"] else "ranked with"
     noise = ""
-    tail, count = run.value(_lead_model(run), "full", "tail", "HR@10"), run.count("tail")
+    tail, count = run.value(main_model(run.models), "full", "tail", "HR@10"), run.count("tail")
     if count and not math.isnan(tail):
         error = math.sqrt(tail * (1 - tail) / count)
         noise = f" With {count:,} test users in the tail, an HR@10 of {tail:.4f} has a standard error of {error:.4f}."
@@ -97,13 +98,9 @@ def _wide_figure(svg: str) -> str:
     return f'<div class="scroll"><figure class="wide">{svg}</figure></div>'
 
 
-def _lead_model(run: ReportedRun) -> str:
-    return "h2rec" if "h2rec" in run.models else run.models[-1]
-
-
 def _headline(run: ReportedRun) -> str:
     facts = [f"{run.metrics['data'][what]:,} {what}" for what in ("users", "items", "interactions")]
-    lead = _lead_model(run)
+    lead = main_model(run.models)
     cards = []
     for group, name in _GROUPS:
         value = run.value(lead, "full", group, "NDCG@10")
