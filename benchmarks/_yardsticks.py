@@ -1,6 +1,7 @@
 """What the machine can do: rates that an operator's own rate is set beside."""
 
 import torch
+import torch.nn.functional as F
 
 from ._harness import Rate
 
@@ -20,3 +21,11 @@ def of_copies(bytes_moved: float, device: torch.device) -> Rate:
     target = torch.empty_like(source)
     name = f"copy of {COPY_BYTES // 2**20} MiB"
     return Rate("B", bytes_moved, name, lambda: target.copy_(source), 2.0 * COPY_BYTES)
+
+
+def of_gathers(bytes_read: float, device: torch.device) -> Rate:
+    """`bytes_read` per call beside those of `F.embedding_bag`: rows of 256 bytes in random order, sums of 64."""
+    table = torch.ones(COPY_BYTES // 256, 64, device=device)
+    rows = torch.randperm(len(table), device=device).view(-1, 64)
+    name = f"rows of {COPY_BYTES // 2**20} MiB"
+    return Rate("B", bytes_read, name, lambda: F.embedding_bag(rows, table, mode="sum"), COPY_BYTES)

@@ -29,6 +29,8 @@ class Device:
         fp32, bf16: operations of matrix products.
         instructions: other instructions, counted in lanes.
         link: bytes sent to other devices.
+        gather_cost: how many times longer bytes take in rows at random places than in a stream. A core of a CPU has few
+            cache lines under way, and each waits for its page to be found; on a GPU thousands of threads wait at once.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Device:
     bf16: float
     instructions: float
     link: float
+    gather_cost: float = 1.0
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (an eighth of the board). Products without sparsity;
@@ -59,6 +62,7 @@ class Work:
         products: operations of matrix products (2 per multiply-add).
         instructions: other instructions that matter, in lanes.
         sent: bytes to other devices.
+        gathered: of the bytes from and to memory, those in rows at random places.
         dtype: of the operands of the products.
     """
 
@@ -67,12 +71,13 @@ class Work:
     products: float = 0.0
     instructions: float = 0.0
     sent: float = 0.0
+    gathered: float = 0.0
     dtype: str = "float32"
 
     def seconds_by_limit(self, device: Device) -> dict[str, float]:
         rate = device.bf16 if self.dtype == "bfloat16" else device.fp32
         return {
-            "memory": self.bytes / device.bandwidth,
+            "memory": (self.bytes + (device.gather_cost - 1) * self.gathered) / device.bandwidth,
             "products": self.products / rate,
             "instructions": self.instructions / device.instructions,
             "network": self.sent / device.link,
@@ -194,12 +199,17 @@ class Plan:
         )
         work = [
             # ids, codes, rows of the table, outputs: the sum of the levels, and hashed
-            Work("harmonized_embedding", found * (8 + 4 * levels + row + 2 * row)),
+            Work(
+                "harmonized_embedding",
+                found * (8 + 4 * levels + row + 2 * row),
+                gathered=found * (4 * levels + row),
+            ),
             # Levels and table: four passes of a sort of 12-byte keys and places, then each run of cotangents is read.
             # The table's sums are written by row, the codebooks' whole.
             Work(
                 "  its backward",
                 found * (levels + 1) * (96 + 8 + row) + found * row + LOOKUPS * dense_gradients,
+                gathered=found * (levels + 1) * row,
             ),
             # multiply-adds per position: of projections, in units of D^2; of attention, in units of D and the
             # (T + 1) / 2 positions that one sees
@@ -250,7 +260,9 @@ class Plan:
         summed = self.looked_up * (row + 96) + self.rows_touched * row
         # Eager operators read or write D numbers of a row 5 times in its dtype and 7 times in fp32, beside 100 bytes.
         update = self.rows_touched * (5 * row + 7 * 4 * self.dim + 100)
-        return Work("row-wise Adagrad", joined + summed + update)
+        # gradients in the order of their rows, and rows of the table, read and written
+        gathered = (self.looked_up + 2 * self.rows_touched) * row
+        return Work("row-wise Adagrad", joined + summed + update, gathered=gathered)
 
     def tokenizing(self) -> list[Work]:
         """Codes of the whole catalog, per device."""

@@ -231,6 +231,16 @@ def test_what_binds():
     assert Work("w", products=4, dtype="bfloat16").seconds(device) == 0.5
 
 
+def test_rows_at_random_places():
+    device = Device("d", 1e9, bandwidth=10, fp32=2, bf16=8, instructions=5, link=1, gather_cost=3)
+    assert Work("w", bytes=30, gathered=10).seconds(device) == (20 + 3 * 10) / 10
+    planned = Plan(10_000, 64, 4, 256)
+    lookup = work(planned, "harmonized_embedding")
+    of_an_item = 4 * 4 + 4 * 64  # codes, and a row of the table
+    assert lookup.gathered == planned.looked_up * of_an_item
+    assert all(0 <= part.gathered <= part.bytes for part in planned.step())
+
+
 def test_the_readme_of_the_kernels_has_the_same_numbers():
     """csrc/README.md, floors on an H100, and kernels/README.md, bytes."""
     h100 = GPUS[1]
