@@ -175,6 +175,7 @@ def _training_step(shape: Shape, device: torch.device) -> Callable[[], float]:
     pairs, is_target = torch.stack([targets.flatten(), related], dim=1), related == targets.flatten()
     left_out = torch.zeros(shape.B * shape.T, SHARED_NEGATIVES, dtype=torch.bool, device=device)
     log_expected = torch.zeros(SHARED_NEGATIVES, device=device)
+    shares = torch.full((shape.B * shape.T,), 0.3, device=device)
 
     def step() -> float:
         users, _ = model.training_outputs(batch)
@@ -185,7 +186,7 @@ def _training_step(shape: Shape, device: torch.device) -> Callable[[], float]:
         loss = sampled_softmax(
             users, of_targets, of_negatives, log_expected, left_out, related[:, 0], is_target
         )
-        loss = loss + target_smoothing(users, first.squeeze(1), related, 0.3)
+        loss = loss + target_smoothing(users, first.squeeze(1), related, shares)
         loss.backward()
         adam.step()
         adagrad.step()

@@ -94,7 +94,7 @@ def steps(num_items: int, model: str, dim: int, number: int) -> dict[str, Any]:
         build_model(model, sids, sparse=True, **settings),
         config,
         split,
-        related_items=RelatedItems(sids) if config.smoothing_of(model) else None,
+        related_items=RelatedItems(sids, split, share) if (share := config.smoothing_of(model)) else None,
     )
     times = StepTimes()
     with quiet_lightning():

@@ -83,7 +83,7 @@ def lose(model: H2Rec, planned: Plan, *, smoothed: bool) -> None:
     if smoothed:
         vectors = model.item_vectors(torch.randint(model.num_items, (num_positions, 2)))
         first, second = vectors.split(1, dim=1)
-        smoothing = target_smoothing(users, first.squeeze(1), second, 0.3)
+        smoothing = target_smoothing(users, first.squeeze(1), second, torch.full((num_positions,), 0.3))
         related = second[:, 0], torch.zeros(num_positions, dtype=torch.bool)
     loss = sampled_softmax(users, targets, negatives, torch.zeros(8), left_out, *related)
     (loss + smoothing).backward()

@@ -170,7 +170,8 @@ def train(
         typer.Option(
             rich_help_panel=_TRAINING,
             show_default="0.3 for h2rec, 0 for the others",
-            help="Share of a target's weight that goes to items of its kind: alike in content or semantic ID.",
+            help="Share of a target's weight that goes to items of its kind, alike in content and in who chose them; "
+            "of a rare target more, of a popular one less.",
         ),
     ] = None,
     table_optimizer: Annotated[

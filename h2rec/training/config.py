@@ -77,8 +77,9 @@ class TrainConfig:
             full up to `h2rec.training.losses.FULL_SOFTMAX_MAX_ITEMS` items, sampled beyond.
         num_negatives: per position for ``"bce"`` (default 1); shared by the whole batch for ``"sampled_softmax"``
             (default 1024).
-        target_smoothing: share of a target's weight in the loss that goes to items of its kind
-            (`h2rec.training.related_items.RelatedItems`); None: 0.3 for ``h2rec``, 0 for the others.
+        target_smoothing: share of a target's weight in the loss that goes to items of its kind if it is of mean
+            popularity; the rarer the more (`h2rec.training.related_items.RelatedItems`); None: 0.3 for ``h2rec``, 0
+            for the others.
         batch_size: users per step and process.
         learning_rate, weight_decay: of AdamW.
         table_optimizer: of the hash table: ``"adamw"``, or ``"rowwise_adagrad"``, which updates the rows of the batch

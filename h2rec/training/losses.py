@@ -88,9 +88,9 @@ def full_softmax(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
 
 
 def target_smoothing(
-    users: Tensor, targets: Tensor, related: Tensor, share: float, *, logistic: bool = False
+    users: Tensor, targets: Tensor, related: Tensor, shares: Tensor, *, logistic: bool = False
 ) -> Tensor:
-    """What a loss above changes by when ``share`` of each target's weight goes to a related item.
+    """What a loss above changes by when a share of each target's weight goes to items of its kind.
 
     It is label smoothing over the items of a kind instead of the whole catalog: who bought one of them might as well
     have bought another. With a softmax ``(1 - share) CE(target) + share CE(related) = CE(target) + share (s_t - s_r)``,
@@ -100,14 +100,14 @@ def target_smoothing(
         users: ``[M, C]`` user vectors.
         targets: ``[M, C]`` vectors of the items that came next.
         related: ``[M, n, C]`` vectors of n items of the same kind, which get ``share / n`` each.
-        share: in 0 .. 1.
+        shares: ``[M]`` in 0 .. 1.
         logistic: the loss is `binary_cross_entropy`, not a softmax.
     """
     target_scores = (users * targets).sum(-1)  # [M]
     related_scores = torch.einsum("mc,mnc->mn", users, related)
     if logistic:
         target_scores, related_scores = F.logsigmoid(target_scores), F.logsigmoid(related_scores)
-    return share * (target_scores - related_scores.mean(-1)).mean()
+    return (shares * (target_scores - related_scores.mean(-1))).mean()
 
 
 def _tile_elements(users: Tensor) -> int:

@@ -78,7 +78,7 @@ class Recommender(lightning.LightningModule):
         model: what is trained.
         config: how; its ``devices`` are the processes.
         split: its training part is trained on, its validation part validated on.
-        related_items: where target smoothing finds them.
+        related_items: who shares the weight of the targets; None: nobody.
         co_occurrence: from the training part, for the models that align items.
         eval_users: those who are ranked in validation, see `Ranker`.
 
@@ -107,7 +107,6 @@ class Recommender(lightning.LightningModule):
         self.co_occurrence = co_occurrence
         self.eval_users = eval_users
         self.loss_name = resolve_loss(config.loss, model.num_items)
-        self.smoothing = config.smoothing_of(name)
         self._train_batches: TrainBatches | None = None
         self._shared_negatives: SharedNegatives | None = None
         self._ranker: Ranker | None = None
@@ -154,7 +153,7 @@ class Recommender(lightning.LightningModule):
         if self.loss_name == "sampled_softmax":
             count = self.config.num_negatives or SHARED_NEGATIVES
             self._shared_negatives = SharedNegatives(self.split, count, self.device)
-        if self.smoothing:
+        if self.related_items is not None:
             self.related_items.to(self.device)
 
     def on_train_epoch_start(self) -> None:
@@ -200,7 +199,7 @@ class Recommender(lightning.LightningModule):
         is_position = batch.targets != self.model.padding_idx  # [B, T]
         users, targets = users[is_position], batch.targets[is_position]  # [M, C], [M]
         catalog = self.model.item_vectors() if self.loss_name == "full_softmax" else None  # [N, C]
-        if not self.smoothing:
+        if self.related_items is None:
             return {"next_item": self._next_item_loss(users, targets, batch, is_position, catalog)}
         related = self.related_items.draw(targets, 1 if catalog is None else _RELATED_ITEMS)
         ids = torch.cat([targets[:, None], related], dim=1)  # [M, 1 + n]
@@ -212,7 +211,11 @@ class Recommender(lightning.LightningModule):
                 users, targets, batch, is_position, catalog, (of_related[:, 0], related[:, 0] == targets)
             ),
             "smoothing": target_smoothing(
-                users, of_targets.squeeze(1), of_related, self.smoothing, logistic=self.loss_name == "bce"
+                users,
+                of_targets.squeeze(1),
+                of_related,
+                self.related_items.shares(targets),
+                logistic=self.loss_name == "bce",
             ),
         }
 

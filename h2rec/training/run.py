@@ -209,6 +209,10 @@ def _build(
     return build_model(name, sids, content=content, **settings)
 
 
+def _related_items(share: float, inputs: Inputs) -> RelatedItems | None:
+    return RelatedItems(inputs.sids, inputs.split, share, inputs.content) if share else None
+
+
 def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, accelerator: str) -> None:
     torch.manual_seed(config.seed)
     model = _build(name, config, inputs.sids, inputs.content)
@@ -218,7 +222,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
         model,
         config,
         inputs.split,
-        related_items=RelatedItems(inputs.sids, inputs.content) if config.smoothing_of(name) else None,
+        related_items=_related_items(config.smoothing_of(name), inputs),
         co_occurrence=inputs.co_occurrence,
         eval_users=inputs.eval_users,
     )

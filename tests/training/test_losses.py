@@ -143,20 +143,30 @@ def test_target_smoothing_gives_related_items_a_share(loss, generator, device):
     items, *related = (torch.randint(N, (M,), generator=generator) for _ in range(3))
     negatives = random(generator, M, 3, C)
 
-    def next_item(users, catalog, targets):
+    def next_item(users, catalog, targets, rows=slice(None)):
         if loss == "softmax":
             return full_softmax(users, catalog, targets.to(users.device))
-        return binary_cross_entropy(users, catalog[targets], negatives.to(users))
+        return binary_cross_entropy(users, catalog[targets], negatives[rows].to(users))
+
+    shares = torch.rand(M, generator=generator)
 
     def ours(users, catalog):
         smoothing = target_smoothing(
-            users, catalog[items], catalog[torch.stack(related, 1)], 0.3, logistic=loss == "logistic"
+            users,
+            catalog[items],
+            catalog[torch.stack(related, 1)],
+            shares.to(users),
+            logistic=loss == "logistic",
         )
         return next_item(users, catalog, items) + smoothing
 
     def oracle(users, catalog):
-        of_related = sum(next_item(users, catalog, ids) for ids in related)
-        return 0.7 * next_item(users, catalog, items) + 0.15 * of_related
+        total = 0
+        for m, share in enumerate(shares.tolist()):
+            one = slice(m, m + 1)
+            of_related = sum(next_item(users[one], catalog, ids[one], one) for ids in related)
+            total += (1 - share) * next_item(users[one], catalog, items[one], one) + share / 2 * of_related
+        return total / M
 
     check(ours, oracle, (random(generator, M, C), random(generator, N, C)), device)
 
@@ -170,11 +180,12 @@ def test_smoothed_sampled_softmax_is_that_of_target_and_related_item(tile, gener
     left_out = torch.rand(M, 9, generator=generator) < 0.3
     left_out[:2] = True  # nothing else is left; of the first, not even a related item
     log_expected = random(generator, 9)
+    shares = torch.rand(M, generator=generator)
 
     def ours(users, catalog, negatives):
         rest = log_expected.to(users), left_out.to(device), catalog[related], (related == items).to(device)
         loss = sampled_softmax(users, catalog[items], negatives, *rest)
-        return loss + target_smoothing(users, catalog[items], catalog[related, None], 0.3)
+        return loss + target_smoothing(users, catalog[items], catalog[related, None], shares.to(users))
 
     def oracle(users, catalog, negatives):
         losses = []
@@ -182,8 +193,8 @@ def test_smoothed_sampled_softmax_is_that_of_target_and_related_item(tile, gener
             kind = catalog[sorted({int(items[m]), int(related[m])})] @ users[m]
             sample = (negatives @ users[m] - log_expected)[~left_out[m]]
             total = torch.cat([kind, sample]).logsumexp(0)
-            share = torch.stack([catalog[items[m]] @ users[m], catalog[related[m]] @ users[m]])
-            losses.append(total - 0.7 * share[0] - 0.3 * share[1])
+            of_target, of_related = catalog[items[m]] @ users[m], catalog[related[m]] @ users[m]
+            losses.append(total - (1 - shares[m]) * of_target - shares[m] * of_related)
         assert min(losses) >= 0
         return sum(losses) / M
 
