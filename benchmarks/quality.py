@@ -46,7 +46,7 @@ ABLATIONS = {
     "h2rec-no-smoothing": Variant("h2rec", {"target_smoothing": 0.0}),
     "h2rec-one-branch": Variant("sum", {"target_smoothing": 0.3}),
     "h2rec-one-backbone": Variant("h2rec", {"share_backbone": True}),
-    # Without vectors, items of a kind are those whose semantic IDs start alike, too.
+    # Without vectors, the codes say how alike items are in content.
     "h2rec-random-start": Variant("h2rec", {"embeddings": None}),
     "h2rec-attention": Variant("h2rec", {"mixing": "residual_attention"}),
     "h2rec-alignment": Variant("h2rec", {"alignment_weight": 0.1}),
