@@ -184,7 +184,7 @@ class SemanticIds:
         dim = codebooks[0].shape[1]
         if beam_size is None:
             beam_size = self.beam_size
-        new_codes = [torch.empty(0, len(codebooks), dtype=torch.int32)]
+        new_codes = [self.codes.new_empty(0, len(codebooks))]
         for batch in vector_batches(new_vectors, _APPEND_BATCH, name="new_vectors"):
             if batch.shape[1] != dim:
                 raise ValueError(

@@ -16,7 +16,7 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * _STEPS)
         if not self.training or x.device.type != "cpu" or not 0 < dropped < _STEPS:
             return super().forward(x)
-        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), device=x.device)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
         kept = (bits >= dropped - _STEPS // 2).to(x.dtype)
         return x * kept.mul_(_STEPS / (_STEPS - dropped))

@@ -25,13 +25,14 @@ def make_codebooks(sids: SemanticIds, embedding_dim: int) -> nn.Parameter | nn.P
 
     Drawn codewords have the standard deviation 1 / sqrt(L), so that the sum of L has that of ``nn.Embedding``.
     """
-    books = sids.codebooks
-    if books is None or books[0].shape[1] != embedding_dim:
+    if sids.codebooks is None or sids.codebooks[0].shape[1] != embedding_dim:
         scale = 1 / math.sqrt(sids.num_levels)
         books = [torch.randn(size, embedding_dim) * scale for size in sids.codebook_sizes]
+    else:
+        books = [book.to(torch.get_default_device(), copy=True) for book in sids.codebooks]
     if len(set(sids.codebook_sizes)) == 1:
-        return nn.Parameter(torch.stack([book.detach().clone() for book in books]))
-    return nn.ParameterList(nn.Parameter(book.detach().clone()) for book in books)
+        return nn.Parameter(torch.stack(books))
+    return nn.ParameterList(map(nn.Parameter, books))
 
 
 def as_levels(codebooks: nn.Parameter | nn.ParameterList) -> Tensor | Sequence[Tensor]:

@@ -57,7 +57,8 @@ class RowShardedEmbedding(nn.Module):
     def forward(self, item_ids: Tensor) -> Tensor:
         try:
             check_integer("item_ids", item_ids)
-            check_items(item_ids, None, (), self.num_embeddings, self.padding_idx)
+            # Also on a GPU, which is waited for below anyway: rows that nobody has would leave the others waiting.
+            check_items(item_ids.cpu(), None, (), self.num_embeddings, self.padding_idx)
         except (TypeError, ValueError):  # the others wait for this process's counts
             world_size = dist.get_world_size(self.group)
             self._tell(torch.full((world_size,), _REFUSED, device=item_ids.device))

@@ -73,7 +73,7 @@ def alignment_loss(
             f"and min_shared_codes={min_shared_codes}"
         )
     if not isinstance(temperature, Tensor):
-        temperature = torch.scalar_tensor(temperature, dtype=torch.float64)
+        temperature = torch.scalar_tensor(temperature, dtype=torch.float64, device="cpu")
     for name, emb in (("hash_emb", hash_emb), ("semantic_emb", semantic_emb)):
         check_floating(name, emb)
         check_dim(name, emb, ("B", "D"))

@@ -51,7 +51,7 @@ class Hashing(NamedTuple):
 def _draw_constants(name: str, count: int, seed: int) -> Tensor:
     check_size(name, count)
     generator = torch.Generator().manual_seed(seed)
-    halves = torch.randint(0, 1 << 32, (count, 2, 2), generator=generator)  # 32 bits each
+    halves = torch.randint(0, 1 << 32, (count, 2, 2), generator=generator, device="cpu")  # 32 bits each
     constants = (halves[..., 0] << 32) | halves[..., 1]
     constants[:, 0] |= 1
-    return constants
+    return constants.to(torch.get_default_device())

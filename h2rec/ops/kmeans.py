@@ -88,7 +88,7 @@ def fit_codebooks(
         )
     num_start_steps = num_iters // 2
     step = _mini_batch_step if mini_batch else _lloyd_step
-    codebooks = list(first)
+    codebooks = [codebook.to(residuals.device) for codebook in first]
     for level, size in enumerate(sizes[len(first) :], len(first)):
         residuals.advance(codebooks)
         generator = torch.Generator().manual_seed(seed * len(sizes) + level)
@@ -134,9 +134,11 @@ class _Residuals:
             self.kept = torch.cat(
                 [batch.clone() for batch in vector_batches(vectors, batch_size)] or [_EMPTY]
             )
-            self.num_rows = len(self.kept)
+            self.num_rows, self.device = len(self.kept), self.kept.device
         else:
-            self.num_rows = sum(len(batch) for batch in vector_batches(vectors, batch_size))
+            self.num_rows, self.device = 0, None
+            for batch in vector_batches(vectors, batch_size):
+                self.num_rows, self.device = self.num_rows + len(batch), batch.device
 
     def batches(self, share: slice = slice(None)) -> Iterator[Tensor]:
         """Those whose numbers are in ``share``."""
@@ -154,7 +156,7 @@ class _Residuals:
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """At most ``count`` different rows, in their order."""
-        rows = torch.randperm(self.num_rows, generator=generator)[:count].sort().values
+        rows = torch.randperm(self.num_rows, generator=generator, device="cpu")[:count].sort().values
         parts, start = [], 0
         for batch in self.batches():
             within = rows[(rows >= start) & (rows < start + len(batch))] - start
@@ -169,7 +171,7 @@ class _Residuals:
                 for batch in self.kept.split(self.batch_size):  # views: written in place
                     batch -= residual_quantize(batch, [codebook])[0]
             else:
-                codes, start = torch.empty(self.num_rows, dtype=torch.int32), 0
+                codes, start = torch.empty(self.num_rows, dtype=torch.int32, device="cpu"), 0
                 for batch in self.batches():
                     codes[start : start + len(batch)] = residual_quantize(batch, [codebook])[1].squeeze(1)
                     start += len(batch)
@@ -208,7 +210,7 @@ def _start(sample: Tensor, size: int, num_steps: int, generator: torch.Generator
 def _leading_directions(sample: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """About the first principal directions ``[D, width]``, by two rounds of subspace iteration."""
     centred = sample - sample.mean(0)
-    basis = torch.randn(sample.shape[1], width, generator=generator).to(sample.device)
+    basis = torch.randn(sample.shape[1], width, generator=generator, device="cpu").to(sample.device)
     for _ in range(2):
         product = centred.T @ (centred @ basis)
         with _one_thread():
@@ -234,7 +236,7 @@ def _one_thread() -> Iterator[None]:
 def _plus_plus(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """k-means++: each next codeword is a row drawn with a chance in proportion to its squared distance so far."""
     sample = sample[:: max(1, len(sample) // (size * _PLUS_PLUS_ROWS))]
-    chosen = [int(torch.randint(len(sample), (), generator=generator))]
+    chosen = [int(torch.randint(len(sample), (), generator=generator, device="cpu"))]
     distance = torch.full((len(sample),), torch.inf, device=sample.device)
     norms = sample.square().sum(1)
     for _ in range(1, size):
@@ -244,10 +246,10 @@ def _plus_plus(sample: Tensor, size: int, generator: torch.Generator) -> Tensor:
         distance = torch.minimum(distance, to_last)
         cumulative = distance.double().cumsum(0).cpu()
         if cumulative[-1] > 0:
-            target = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
+            target = torch.rand((), dtype=torch.float64, generator=generator, device="cpu") * cumulative[-1]
             chosen.append(min(int(torch.searchsorted(cumulative, target, right=True)), len(sample) - 1))
         else:  # fewer different rows than codewords
-            chosen.append(int(torch.randint(len(sample), (), generator=generator)))
+            chosen.append(int(torch.randint(len(sample), (), generator=generator, device="cpu")))
     return sample[chosen].clone()
 
 

@@ -61,13 +61,14 @@ class ProductQuantizer:
             group: as there.
         """
         check_repeatable(vectors)
-        dim = _dim(vectors, self.batch_size)
+        first = _first_batch(vectors, self.batch_size)
+        dim = first.shape[1]
         num_parts = len(self.codebook_sizes)
         if dim < num_parts:
             raise ValueError(f"vectors must have at least num_parts = {num_parts} dimensions, got {dim}")
         edges = [part * dim // num_parts for part in range(num_parts + 1)]
         kept = CodebookCheckpoint(checkpoint, [self._settings(), self.batch_size], vectors, group)
-        codebooks = kept.load()
+        codebooks = [codebook.to(first.device) for codebook in kept.load()]
         for part in range(len(codebooks), num_parts):
             columns = slice(edges[part], edges[part + 1])
 
@@ -114,11 +115,11 @@ class ProductQuantizer:
         }
 
 
-def _dim(vectors: VectorSource, batch_size: int) -> int:
+def _first_batch(vectors: VectorSource, batch_size: int) -> Tensor:
     first = next(iter(vector_batches(vectors, batch_size)), None)
     if first is None:
         raise ValueError("vectors must have rows, got none")
-    return first.shape[1]
+    return first
 
 
 def _columns(vectors: VectorSource, columns: slice, batch_size: int) -> VectorSource:

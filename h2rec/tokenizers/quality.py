@@ -157,8 +157,8 @@ def _errors(sids: SemanticIds, vectors: VectorSource) -> tuple[tuple[float, ...]
     if sids.codebooks is None:
         raise ValueError("these SemanticIds have no codebooks, so vectors cannot be compared with them")
     dim = sids.codebooks[0].shape[1]
-    errors = torch.zeros(sids.num_levels, dtype=torch.float64)
-    sums, squares, start = torch.zeros(dim, dtype=torch.float64), 0.0, 0
+    errors = torch.zeros(sids.num_levels, dtype=torch.float64, device="cpu")
+    sums, squares, start = errors.new_zeros(dim), 0.0, 0
     for batch in vector_batches(vectors, _BATCH_SIZE):
         if batch.shape[1] != dim:
             raise ValueError(f"vectors must have the dimension of the codebooks, {dim}, got {batch.shape[1]}")

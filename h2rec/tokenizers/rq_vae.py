@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ class RQVAE(nn.Module):
     def _replace_dead(self, level: int, residual: Tensor, code: Tensor) -> None:
         """What :class:`h2rec.layers.ResidualQuantizer` does by itself; on every rank the same, without waiting."""
         start, size = sum(self.codebook_sizes[:level]), self.codebook_sizes[level]
-        counts = torch.bincount(code, minlength=size).to(self.codewords.dtype)
+        # bincount would wait.
+        counts = self.codewords.new_zeros(size).index_add_(0, code, self.codewords.new_ones(len(code)))
         candidates = residual[torch.randint(len(residual), (size,), device=residual.device)].to(counts.dtype)
         if dist.is_initialized():
             dist.all_reduce(counts)
@@ -201,7 +203,8 @@ class RQVAE(nn.Module):
         if first_epoch == 0:
             self.start_codebooks(vectors)
         self.train()
-        with torch.random.fork_rng():
+        # Of no other GPU: a context would be made on each.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for epoch in range(first_epoch, num_epochs):
                 torch.manual_seed(
                     self.seed * num_epochs + epoch
@@ -359,7 +362,7 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
 def _even_assignment(squared: Tensor, temperature: float) -> Tensor:
     """Sinkhorn's log plan ``[B, K]``: rows sum to 1, columns to B / K (Cuturi, NeurIPS 2013), in the log domain."""
     log_plan = -squared / (temperature * squared.mean()).clamp_min(1e-12)
-    fair = torch.log(squared.new_tensor(len(squared) / squared.shape[1]))
+    fair = math.log(len(squared) / squared.shape[1])
     for _ in range(_SINKHORN_STEPS):
         log_plan = log_plan - log_plan.logsumexp(0, keepdim=True) + fair
         log_plan = log_plan - log_plan.logsumexp(1, keepdim=True)
