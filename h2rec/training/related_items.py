@@ -72,15 +72,18 @@ class RelatedItems:
 
 
 def _audiences(split: Split) -> Tensor:
-    """Unit vectors ``[N, D]`` that are alike if the same users, or users who chose the same, chose the items; else 0.
+    """Unit vectors ``[N, D]``, alike if the same users, or users who chose the same, chose the items; 0 without users.
 
-    They span the leading directions of the matrix of items and users whose entries are ``1 / sqrt(n_item n_user)``
-    where the user chose the item, n the numbers of pairs.
+    They lie in the leading directions of the matrix of items and users whose entries are ``1 / sqrt(n_item n_user)``
+    where the user chose the item, n the numbers of pairs. Users of a single item say nothing and are left out: with
+    an item that only they chose, each would take a direction of its own, and a leading one.
     """
     shape = split.num_items, split.num_users
     users = np.repeat(np.arange(split.num_users), np.diff(split.train_offsets))
     pairs = torch.from_numpy(np.unique(split.train_items * split.num_users + users))
     items, users = pairs // split.num_users, pairs % split.num_users
+    says_something = users.bincount(minlength=shape[1])[users] > 1
+    items, users = items[says_something], users[says_something]
     of_items, of_users = items.bincount(minlength=shape[0]), users.bincount(minlength=shape[1])
     chosen = torch.sparse_coo_tensor(
         torch.stack((items, users)),
@@ -93,7 +96,7 @@ def _audiences(split: Split) -> Tensor:
         torch.manual_seed(0)
         directions, lengths, _ = torch.svd_lowrank(chosen, q=min(_AUDIENCE_DIM + 16, *shape), niter=4)
     vectors = F.normalize((directions * lengths)[:, :_AUDIENCE_DIM], dim=1)
-    return vectors.masked_fill_(of_items[:, None] == 0, 0)  # whom nobody chose has what rounding left
+    return vectors.masked_fill_(of_items[:, None] == 0, 0)  # they have what rounding left
 
 
 def _nearest(sids: SemanticIds, audiences: Tensor, content: Tensor | None) -> Tensor:

@@ -34,6 +34,7 @@ def audience_cosines(split):
     chosen = torch.zeros(split.num_items, split.num_users, dtype=torch.float64)
     for user in range(split.num_users):
         chosen[split.train_items[split.train_offsets[user] : split.train_offsets[user + 1]], user] = 1
+    chosen *= chosen.sum(0) > 1
     chosen *= (chosen.sum(0) * chosen.sum(1, keepdim=True)).clamp(min=1).rsqrt()
     return torch.cosine_similarity(chosen[:, None], chosen, dim=2)
 
@@ -78,6 +79,13 @@ def test_audiences_that_never_met_are_alike_by_those_who_met_both():
     blurred = torch.nn.functional.normalize(vectors[:, :2], dim=1)  # fewer directions than users who differ
     assert blurred[1] @ blurred[4] > 0.9
     torch.testing.assert_close(vectors, related_items._audiences(split), atol=0, rtol=0)
+
+
+def test_users_of_one_item_take_no_direction():
+    split = split_of([[1, 2, 3], [2, 3, 4], [5, 6, 7], [6, 7, 8]], 109)
+    more = split_of([[1, 2, 3], [2, 3, 4], [5, 6, 7], [6, 7, 8], *([item] for item in range(9, 109))], 109)
+    vectors, expected = related_items._audiences(more), related_items._audiences(split)
+    torch.testing.assert_close(vectors @ vectors.T, expected @ expected.T)
 
 
 def test_large_catalogs_are_divided_by_prefixes(monkeypatch):
