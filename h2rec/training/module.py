@@ -78,13 +78,14 @@ class Recommender(lightning.LightningModule):
         model: what is trained.
         config: how; its ``devices`` are the processes.
         split: its training part is trained on, its validation part validated on.
-        related_items: who shares the weight of the targets; None: nobody.
+        related_items: who shares the weight of the targets; needed where the config smooths those of the model.
         co_occurrence: from the training part, for the models that align items.
         eval_users: those who are ranked in validation, see `Ranker`.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the model, epoch, step, and items or users.
-        ValueError: a checkpoint of another model or config; the message names what differs.
+        ValueError: ``related_items`` is missing, or a checkpoint is of another model or config; the message names what
+            differs.
     """
 
     def __init__(
@@ -99,6 +100,12 @@ class Recommender(lightning.LightningModule):
         eval_users: np.ndarray | None = None,
     ) -> None:
         super().__init__()
+        share = config.smoothing_of(name)
+        if share and related_items is None:
+            raise ValueError(
+                f"related_items: expected RelatedItems for the target_smoothing of {share} that the config has for "
+                f"{name!r}, got None"
+            )
         self.name = name
         self.model = model
         self.config = config

@@ -1,5 +1,7 @@
 """What is done otherwise when a catalog is large; here every catalog is."""
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pytest
@@ -123,17 +125,25 @@ def test_what_a_dense_step_allocates_is_noticed(catalog_config, tmp_path, monkey
 def test_optimizers(name, catalog_config):
     """The table by row-wise Adagrad, everything else by AdamW."""
     sids = SemanticIds.load(catalog_config.sids)
-    split = read_split(catalog_config, NUM_ITEMS)
-    module = Recommender(name, run._build(name, catalog_config, sids), catalog_config, split)
+    unsmoothed = dataclasses.replace(catalog_config, target_smoothing=0.0)
+    split = read_split(unsmoothed, NUM_ITEMS)
+    module = Recommender(name, run._build(name, unsmoothed, sids), unsmoothed, split)
     dense, *sparse = module.configure_optimizers()
     tables = [p for optimizer in sparse for group in optimizer.param_groups for p in group["params"]]
     assert [type(optimizer) for optimizer in sparse] == [RowwiseAdagrad] * (name != "semantic")
     assert [list(table.shape) for table in tables] == [[NUM_ITEMS, DIM]] * (name != "semantic")
     of_both = [*dense.param_groups[0]["params"], *tables]
     assert sorted(map(id, of_both)) == sorted(map(id, module.model.parameters()))
-    settings = {"table_optimizer": "adamw"}
-    model = run._build(name, TrainConfig(**{**vars(catalog_config), **settings}), sids)
-    assert Recommender(name, model, catalog_config, split).automatic_optimization
+    model = run._build(name, dataclasses.replace(unsmoothed, table_optimizer="adamw"), sids)
+    assert Recommender(name, model, unsmoothed, split).automatic_optimization
+
+
+def test_smoothing_needs_related_items(catalog_config):
+    sids = SemanticIds.load(catalog_config.sids)
+    split = read_split(catalog_config, NUM_ITEMS)
+    model = run._build("h2rec", catalog_config, sids)
+    with pytest.raises(ValueError, match=r"related_items: .* target_smoothing of 0\.3 .* 'h2rec', got None"):
+        Recommender("h2rec", model, catalog_config, split)
 
 
 def test_learns(make_config, tmp_path):
