@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from h2rec.data import POPULARITY_BANDS
 
-from ._quality_report import CHAMPION, by_variant, mean_metric, of_common_seeds
+from ._quality_report import CHAMPION, balance_curve, by_variant, mean_metric, of_common_seeds
 
 Cells = Sequence[dict[str, Any]]
 
@@ -57,8 +57,12 @@ def _draw_bands(axes: Axes, groups: dict[str, Cells]) -> None:
 
 
 def _draw_seesaw(axes: Axes, groups: dict[str, Cells]) -> None:
-    """Head against tail: small points are seeds, large ones their means; up and right is better."""
+    """Head against tail: small points are seeds, large ones their means; up and right is better.
+
+    Along a line, popularity is added to the model's scores or taken from them.
+    """
     for variant, cells in groups.items():
+        axes.plot(*balance_curve(cells), color=_COLORS[variant], linewidth=1, alpha=0.6)
         for cell in cells:
             axes.plot(*_head_and_tail([cell]), "o", color=_COLORS[variant], markersize=3, alpha=0.6)
         place = _head_and_tail(cells)

@@ -27,7 +27,9 @@ def write_report(output: Path) -> Path:
     ]
     for data in sorted({cell["data"] for cell in cells}):
         of_data = [cell for cell in cells if cell["data"] == data]
-        parts.append(f"## {data}\n\n{table(of_data)}\n{significance(of_data, output / 'cells')}")
+        parts.append(
+            f"## {data}\n\n{table(of_data)}\n{significance(of_data, output / 'cells')}\n{at_equal_balance(of_data)}"
+        )
     path = output / "report.md"
     with replacing(path) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
@@ -110,6 +112,41 @@ def significance(cells: Sequence[dict[str, Any]], folder: Path) -> str:
         lines.append("| " + " | ".join(row) + " |")
     note = f"Relative difference of NDCG@10, 95 % interval, p (two-sided); {RESAMPLES:,} paired resamples of users.\n"
     return "\n".join(lines) + "\n\n" + note
+
+
+def at_equal_balance(cells: Sequence[dict[str, Any]]) -> str:
+    """What H2Rec gains in one of head and tail where it is made as good as the other model in the other one.
+
+    It is made so by popularity in its scores (`benchmarks._balance`). Between two weights the curve is taken as
+    straight.
+    """
+    groups = by_variant(cells)
+    if CHAMPION not in groups:
+        return ""
+    lines = ["| h2rec against | head, at the same tail | tail, at the same head |", "|---|---|---|"]
+    for variant in groups:
+        if variant == CHAMPION:
+            continue
+        ours, theirs = of_common_seeds(groups[CHAMPION], groups[variant])
+        if not ours:
+            continue
+        head, tail = balance_curve(ours)
+        their_head, their_tail = (mean_metric(theirs, "full", group) for group in ("head", "tail"))
+        values = ((their_tail, tail, head, their_head), (their_head, head, tail, their_tail))
+        row = []
+        for place, along, wanted, their_value in values:
+            order = along.argsort()
+            ours_there = np.interp(place, along[order], wanted[order], left=np.nan, right=np.nan)
+            difference = 100 * (ours_there / max(their_value, 1e-12) - 1)
+            row.append("out of reach" if np.isnan(difference) else f"{difference:+.1f} %")
+        lines.append("| " + " | ".join((variant, *row)) + " |")
+    note = "NDCG@10 of the full ranking, with popularity added to H2Rec's scores or taken from them.\n"
+    return "\n".join(lines) + "\n\n" + note
+
+
+def balance_curve(cells: Sequence[dict[str, Any]]) -> np.ndarray:
+    """NDCG@10 of head and of tail at each popularity weight, mean over seeds: ``[2, weights]``."""
+    return np.mean([[cell["balance"]["head"], cell["balance"]["tail"]] for cell in cells], axis=0)
 
 
 def cell_ranks(cell: dict[str, Any], folder: Path) -> Any:

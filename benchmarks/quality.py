@@ -27,7 +27,9 @@ from h2rec.data import popularity_head
 from h2rec.training import TrainConfig, read_split, train_run
 from h2rec.training.config import PRESETS
 from h2rec.training.files import write_json
+from h2rec.training.run import load_model
 
+from ._balance import balance
 from ._machine import describe_machine
 from ._quality_report import write_report
 
@@ -160,7 +162,10 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
     model = VARIANTS[cell.variant].model
     folder = options.output / "cells"
     ranks = np.load(run / model / "ranks.npz")
-    is_head = popularity_head(read_split(config, SemanticIds.load(config.sids).num_items).train_counts())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained, _, _, sids = load_model(run, model)
+    split = read_split(config, sids.num_items)
+    is_head = popularity_head(split.train_counts())
     with replacing(folder / f"{cell.name}.npz") as temporary:
         # Halves of ranks are exact in float32 up to 2^23 items.
         np.savez_compressed(
@@ -179,9 +184,10 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
             "seed": cell.seed,
             "quantizer": options.quantizer,
             **metrics["models"][model],
+            "balance": balance(trained.to(device), split, ranks["users"]),
             "sid_stats": metrics["sid_stats"],
             "config": dataclasses.asdict(config),
-            "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            "machine": describe_machine(device),
             "finished": time.strftime("%Y-%m-%d %H:%M"),
         },
     )

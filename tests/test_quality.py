@@ -5,10 +5,14 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from benchmarks import quality
+from benchmarks._balance import POPULARITY_WEIGHTS, WithPopularity
 from benchmarks._quality_plot import _COLORS
-from benchmarks._quality_report import paired_bootstrap, significance
+from benchmarks._quality_report import at_equal_balance, paired_bootstrap, significance
+from h2rec import SemanticIds
+from h2rec.models import build_model
 
 TINY = ("dim=8", "num_layers=1", "max_epochs=1", "max_length=6", "ranking_negatives=10", "accelerator=cpu")
 
@@ -82,6 +86,10 @@ def test_killed_cells_are_made_again_and_finished_ones_kept(data, tmp_path, monk
     gains = np.where(ranks["full"] <= 10, 1 / np.log2(1 + ranks["full"]), 0)
     assert gains.mean() == pytest.approx(cell["test"]["full"]["overall"]["NDCG@10"])
     assert gains[ranks["is_head"]].mean() == pytest.approx(cell["test"]["full"]["head"]["NDCG@10"])
+    unchanged = POPULARITY_WEIGHTS.index(0)
+    for group, values in cell["balance"].items():
+        assert values[unchanged] == pytest.approx(cell["test"]["full"][group]["NDCG@10"])
+    assert len(set(cell["balance"]["overall"])) > 1
     report = (output / "report.md").read_text()
     assert "h2rec against" in report
     assert f"{cell['test']['full']['overall']['NDCG@10']:.4f}" in report
@@ -185,6 +193,32 @@ def test_seeds_that_only_one_model_has_are_not_compared(tmp_path):
     lines = significance(cells, tmp_path).splitlines()[2:]
     assert lines[0].startswith("| hash | 1 | +0.0 %")
     assert not any(line.startswith("| sum") for line in lines)
+
+
+def test_popularity_is_added_to_scores():
+    counts = np.array([0, 1, 5, 30])
+    model = build_model("hash", SemanticIds(torch.zeros(4, 1, dtype=torch.int64)), dim=8).eval()
+    changed = WithPopularity(model, counts, -0.2)
+    sequences = torch.tensor([[0, 2, 4], [3, 3, 1]]), torch.tensor([2, 3])
+    scores, plain = (m.encode(*sequences) @ m.item_vectors().T for m in (changed, model))
+    torch.testing.assert_close(scores, plain - 0.2 * torch.tensor([1, 2, 6, 31]).log())
+    torch.testing.assert_close(torch.cat(list(changed.item_vector_parts())), changed.item_vectors())
+
+
+def test_models_are_compared_at_the_same_tail_and_the_same_head():
+    def cell(variant, seed, head, tail, curve=None):
+        groups = {"head": {"NDCG@10": head}, "tail": {"NDCG@10": tail}, "bands": {}}
+        cell = {"variant": variant, "seed": seed, "test": {"full": groups}}
+        return {**cell, "balance": curve and dict(zip(("head", "tail"), curve, strict=True))}
+
+    curve = ([0.02, 0.04, 0.05], [0.04, 0.02, 0.01])
+    higher = ([h + 0.01 for h in curve[0]], curve[1])
+    # The mean of the two: heads 0.025, 0.045, 0.055.
+    cells = [cell("h2rec", 0, 0.04, 0.02, curve), cell("h2rec", 1, 0.05, 0.02, higher)]
+    cells += [cell("sum", s, 0.025, 0.03) for s in (0, 1)] + [cell("semantic", 1, 0.01, 0.05)]
+    lines = at_equal_balance(cells).splitlines()
+    assert lines[2:4] == ["| semantic | out of reach | out of reach |", "| sum | +40.0 % | +33.3 % |"]
+    assert at_equal_balance(cells[2:]) == ""
 
 
 def test_every_model_that_is_compared_has_a_color():
