@@ -1,8 +1,10 @@
 """How a model's head pays for its tail: both, while popularity is added to its scores or taken from them.
 
-A model that gains in the head and loses in the tail may rank better, or may only be fonder of popular items. The curve
-tells: what one number per model can move along it is no merit, what moves the curve is.
+A model that gains in the head and loses in the tail may be better, or only fonder of popular items. To move along this
+curve is no merit, one number does it for any model. A curve that lies further out is.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,13 +13,16 @@ from torch import Tensor
 
 from h2rec.data import Split
 from h2rec.models import SequentialModel
-from h2rec.training.evaluation import metrics_by_group, rank_users
+from h2rec.training import rank_users
+from h2rec.training.evaluation import metrics_by_group
 
 POPULARITY_WEIGHTS = (-0.5, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.5)
 
 
 class WithPopularity(SequentialModel):
     """A model whose score of an item is its own plus ``weight * log(1 + n)``, n the item's training interactions.
+
+    Any weight but 0 also breaks the ties of items with equal vectors, such as those that share a semantic ID.
 
     Args:
         train_counts: int64 ``[num_items]``.
@@ -37,17 +42,30 @@ class WithPopularity(SequentialModel):
         return torch.cat((self.model.item_vectors(item_ids), bonus), dim=-1)
 
 
-def balance(model: SequentialModel, split: Split, users: np.ndarray) -> dict[str, list[float]]:
-    """Test NDCG@10 of overall, head and tail by the full ranking, at each of `POPULARITY_WEIGHTS`.
+def balance(
+    model: SequentialModel,
+    split: Split,
+    users: np.ndarray,
+    *,
+    mask_history: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, list[float]]:
+    """Test NDCG@10 of head and tail in the full ranking, with popularity in the scores.
 
     Args:
+        model: in eval mode.
         users: who is ranked, ascending ``[n]``.
+        mask_history, progress: see `h2rec.training.rank_users`.
+
+    Returns:
+        ``{"weights": ..., "head": ..., "tail": ...}``, one number for each of `POPULARITY_WEIGHTS`.
     """
     counts = split.train_counts()
-    curve = {name: [] for name in ("overall", "head", "tail")}
+    options = {"users": users, "mask_history": mask_history, "progress": progress}
+    curve = {"weights": list(POPULARITY_WEIGHTS), "head": [], "tail": []}
     for weight in POPULARITY_WEIGHTS:
-        ranks = rank_users(WithPopularity(model, counts, weight), split, "test", users=users)
+        ranks = rank_users(WithPopularity(model, counts, weight).eval(), split, "test", **options)
         metrics = metrics_by_group(ranks.full, ranks.targets, counts)
-        for name, values in curve.items():
-            values.append(metrics[name]["NDCG@10"])
+        for group in ("head", "tail"):
+            curve[group].append(metrics[group]["NDCG@10"])
     return curve

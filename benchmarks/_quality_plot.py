@@ -59,7 +59,7 @@ def _draw_bands(axes: Axes, groups: dict[str, Cells]) -> None:
 def _draw_seesaw(axes: Axes, groups: dict[str, Cells]) -> None:
     """Head against tail: small points are seeds, large ones their means; up and right is better.
 
-    Along a line, popularity is added to the model's scores or taken from them.
+    A line is the model with popularity added to its scores or taken from them.
     """
     for variant, cells in groups.items():
         axes.plot(*balance_curve(cells), color=_COLORS[variant], linewidth=1, alpha=0.6)
@@ -69,7 +69,7 @@ def _draw_seesaw(axes: Axes, groups: dict[str, Cells]) -> None:
         axes.plot(*place, "o", color=_COLORS[variant], markersize=8)
         axes.annotate(variant, place, (7, 4), textcoords="offset points", fontsize=9)
     axes.margins(0.2)
-    axes.set_xlabel("NDCG@10, head")
+    axes.set_xlabel("NDCG@10, head\n(line: more popularity in the scores to the right, less to the left)")
     axes.set_ylabel("NDCG@10, tail")
 
 

@@ -24,10 +24,10 @@ import torch
 from h2rec import SemanticIds
 from h2rec._files import replacing
 from h2rec.data import popularity_head
-from h2rec.training import TrainConfig, read_split, train_run
+from h2rec.training import TrainConfig, load_model, read_split, train_run
 from h2rec.training.config import PRESETS
 from h2rec.training.files import write_json
-from h2rec.training.run import load_model
+from h2rec.training.tiled_ranks import sweep_progress
 
 from ._balance import balance
 from ._machine import describe_machine
@@ -145,13 +145,14 @@ def is_finished(cell: Cell, options: argparse.Namespace) -> bool:
     path = options.output / "cells" / f"{cell.name}.json"
     if not path.exists():
         return False
-    made = TrainConfig.from_dict(json.loads(path.read_text())["config"])
+    content = json.loads(path.read_text())
+    made = TrainConfig.from_dict(content["config"])
     asked = make_config(cell, options).with_absolute_paths()
     if made.difference(asked):
         sys.exit(
             f"{path} was made with other settings, use another --output: {made.describe_difference(asked)}"
         )
-    return True
+    return "balance" in content
 
 
 def run_cell(cell: Cell, options: argparse.Namespace) -> None:
@@ -162,7 +163,8 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
     model = VARIANTS[cell.variant].model
     folder = options.output / "cells"
     ranks = np.load(run / model / "ranks.npz")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     trained, _, _, sids = load_model(run, model)
     split = read_split(config, sids.num_items)
     is_head = popularity_head(split.train_counts())
@@ -184,7 +186,13 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
             "seed": cell.seed,
             "quantizer": options.quantizer,
             **metrics["models"][model],
-            "balance": balance(trained.to(device), split, ranks["users"]),
+            "balance": balance(
+                trained.to(device),
+                split,
+                ranks["users"],
+                mask_history=config.mask_history,
+                progress=sweep_progress(cell.name, split.num_items),
+            ),
             "sid_stats": metrics["sid_stats"],
             "config": dataclasses.asdict(config),
             "machine": describe_machine(device),

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import quality
-from benchmarks._balance import POPULARITY_WEIGHTS, WithPopularity
+from benchmarks._balance import WithPopularity
 from benchmarks._quality_plot import _COLORS
-from benchmarks._quality_report import at_equal_balance, paired_bootstrap, significance
+from benchmarks._quality_report import at_equal_balance, best_at, paired_bootstrap, significance
 from h2rec import SemanticIds
 from h2rec.models import build_model
 
@@ -86,10 +86,12 @@ def test_killed_cells_are_made_again_and_finished_ones_kept(data, tmp_path, monk
     gains = np.where(ranks["full"] <= 10, 1 / np.log2(1 + ranks["full"]), 0)
     assert gains.mean() == pytest.approx(cell["test"]["full"]["overall"]["NDCG@10"])
     assert gains[ranks["is_head"]].mean() == pytest.approx(cell["test"]["full"]["head"]["NDCG@10"])
-    unchanged = POPULARITY_WEIGHTS.index(0)
-    for group, values in cell["balance"].items():
-        assert values[unchanged] == pytest.approx(cell["test"]["full"][group]["NDCG@10"])
-    assert len(set(cell["balance"]["overall"])) > 1
+    curve = cell["balance"]
+    for group in ("head", "tail"):
+        assert curve[group][curve["weights"].index(0)] == pytest.approx(
+            cell["test"]["full"][group]["NDCG@10"]
+        )
+        assert len(set(curve[group])) > 1
     report = (output / "report.md").read_text()
     assert "h2rec against" in report
     assert f"{cell['test']['full']['overall']['NDCG@10']:.4f}" in report
@@ -205,20 +207,42 @@ def test_popularity_is_added_to_scores():
     torch.testing.assert_close(torch.cat(list(changed.item_vector_parts())), changed.item_vectors())
 
 
-def test_models_are_compared_at_the_same_tail_and_the_same_head():
+def test_other_models_are_given_the_balance_of_h2rec():
     def cell(variant, seed, head, tail, curve=None):
         groups = {"head": {"NDCG@10": head}, "tail": {"NDCG@10": tail}, "bands": {}}
         cell = {"variant": variant, "seed": seed, "test": {"full": groups}}
         return {**cell, "balance": curve and dict(zip(("head", "tail"), curve, strict=True))}
 
-    curve = ([0.02, 0.04, 0.05], [0.04, 0.02, 0.01])
-    higher = ([h + 0.01 for h in curve[0]], curve[1])
+    cells = [cell("h2rec", 0, 0.05, 0.02), cell("h2rec", 1, 0.06, 0.02)]
     # The mean of the two: heads 0.025, 0.045, 0.055.
-    cells = [cell("h2rec", 0, 0.04, 0.02, curve), cell("h2rec", 1, 0.05, 0.02, higher)]
-    cells += [cell("sum", s, 0.025, 0.03) for s in (0, 1)] + [cell("semantic", 1, 0.01, 0.05)]
+    cells += [cell("sum", 0, 0.04, 0.03, ([0.02, 0.04, 0.05], [0.03, 0.015, 0.01]))]
+    cells += [cell("sum", 1, 0.04, 0.03, ([0.03, 0.05, 0.06], [0.03, 0.015, 0.01]))]
+    cells += [cell("semantic", 1, 0.01, 0.01, ([0.01, 0.02], [0.015, 0.01]))]
     lines = at_equal_balance(cells).splitlines()
-    assert lines[2:4] == ["| semantic | out of reach | out of reach |", "| sum | +40.0 % | +33.3 % |"]
+    assert lines[2:4] == ["| semantic | 1 | never | never |", "| sum | 2 | +43.5 % | +100.0 % |"]
     assert at_equal_balance(cells[2:]) == ""
+
+
+def test_of_a_curve_that_turns_the_better_side_counts():
+    along, wanted = np.array([1.0, 3.0, 3.0, 2.0]), np.array([5.0, 3.0, 2.0, 1.0])
+    assert best_at(2.5, along, wanted) == pytest.approx(3.5)
+    assert best_at(3.0, along, wanted) == pytest.approx(3.0)
+    assert best_at(0.5, along, wanted) == pytest.approx(5.0)
+    assert best_at(3.1, along, wanted) is None
+    assert best_at(0.0, np.zeros(3), along[:3]) == pytest.approx(3.0)
+
+
+def test_cells_from_before_a_part_was_recorded_are_finished(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    run(data, output)
+    for name in ("hash", "h2rec"):
+        path = output / "cells" / f"shop.{name}.0.json"
+        cell = json.loads(path.read_text())
+        del cell["balance"]
+        path.write_text(json.dumps(cell))
+    run(data, output)
+    assert "3 cells, 1 of them finished before" in capsys.readouterr().out
+    assert "balance" in json.loads(path.read_text())
 
 
 def test_every_model_that_is_compared_has_a_color():

@@ -78,14 +78,14 @@ class Recommender(lightning.LightningModule):
         model: what is trained.
         config: how; its ``devices`` are the processes.
         split: its training part is trained on, its validation part validated on.
-        related_items: who shares the weight of the targets; needed where the config smooths those of the model.
+        related_items: who shares the weight of the targets, given if and only if the config smooths them.
         co_occurrence: from the training part, for the models that align items.
         eval_users: those who are ranked in validation, see `Ranker`.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the model, epoch, step, and items or users.
-        ValueError: ``related_items`` is missing, or a checkpoint is of another model or config; the message names what
-            differs.
+        ValueError: ``related_items`` does not fit the config, or a checkpoint is of another model or config; the
+            message names what differs.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class Recommender(lightning.LightningModule):
     ) -> None:
         super().__init__()
         share = config.smoothing_of(name)
-        if share and related_items is None:
+        if (share > 0) != (related_items is not None):
             raise ValueError(
-                f"related_items: expected RelatedItems for the target_smoothing of {share} that the config has for "
-                f"{name!r}, got None"
+                f"related_items: expected {'RelatedItems' if share else 'None'} for model {name!r} with "
+                f"target_smoothing {share}, got {type(related_items).__name__}"
             )
         self.name = name
         self.model = model

@@ -93,7 +93,7 @@ def _audiences(split: Split) -> Tensor:
         check_invariants=False,
     )
     with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs' as well
         directions, lengths, _ = torch.svd_lowrank(chosen, q=min(_AUDIENCE_DIM + 16, *shape), niter=4)
     vectors = F.normalize((directions * lengths)[:, :_AUDIENCE_DIM], dim=1)
     return vectors.masked_fill_(of_items[:, None] == 0, 0)  # they have what rounding left

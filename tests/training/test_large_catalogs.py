@@ -138,14 +138,6 @@ def test_optimizers(name, catalog_config):
     assert Recommender(name, model, unsmoothed, split).automatic_optimization
 
 
-def test_smoothing_needs_related_items(catalog_config):
-    sids = SemanticIds.load(catalog_config.sids)
-    split = read_split(catalog_config, NUM_ITEMS)
-    model = run._build("h2rec", catalog_config, sids)
-    with pytest.raises(ValueError, match=r"related_items: .* target_smoothing of 0\.3 .* 'h2rec', got None"):
-        Recommender("h2rec", model, catalog_config, split)
-
-
 def test_learns(make_config, tmp_path):
     """As far above the 10 of 60 that chance gives as with AdamW, see `test_models_learn`."""
     changes = {"table_learning_rate": 0.05, "loss": "full_softmax"}

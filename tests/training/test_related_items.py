@@ -5,7 +5,9 @@ import torch
 
 from h2rec import SemanticIds
 from h2rec.data import InteractionLog, ItemCatalog, leave_one_out
-from h2rec.training import related_items
+from h2rec.models import build_model
+from h2rec.training import TrainConfig, related_items
+from h2rec.training.module import Recommender
 from h2rec.training.related_items import RelatedItems
 
 N = 40
@@ -117,3 +119,16 @@ def test_the_rarer_a_target_the_more_its_kind_gets(share):
     k = share / (1 - share) * 2
     expected = torch.tensor([share, k / (k + 5), 1.0, k / (k + 1)])
     torch.testing.assert_close(related.shares(torch.tensor([2, 3, 0, 1])), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_are_given_where_the_config_smooths_and_only_there(share):
+    sids = SemanticIds(torch.zeros(N, 1, dtype=torch.int64))
+    split = random_split()
+    config = TrainConfig(interactions="i.parquet", sids="s.safetensors", target_smoothing=share)
+    given = None if share else RelatedItems(sids, split, 0.3)
+    expected = "RelatedItems" if share else "None"
+    with pytest.raises(
+        ValueError, match=rf"related_items: expected {expected} for model 'hash' with .* {share}, got"
+    ):
+        Recommender("hash", build_model("hash", sids, dim=8), config, split, related_items=given)
