@@ -69,7 +69,7 @@ def _draw_seesaw(axes: Axes, groups: dict[str, Cells]) -> None:
         axes.plot(*place, "o", color=_COLORS[variant], markersize=8)
         axes.annotate(variant, place, (7, 4), textcoords="offset points", fontsize=9)
     axes.margins(0.2)
-    axes.set_xlabel("NDCG@10, head\n(line: more popularity in the scores to the right, less to the left)")
+    axes.set_xlabel("NDCG@10, head\n(line: less .. more popularity in the scores)")
     axes.set_ylabel("NDCG@10, tail")
 
 
