@@ -65,12 +65,11 @@ def _draw_seesaw(axes: Axes, groups: dict[str, Cells]) -> None:
         axes.plot(*balance_curve(cells), color=_COLORS[variant], linewidth=1, alpha=0.6)
         for cell in cells:
             axes.plot(*_head_and_tail([cell]), "o", color=_COLORS[variant], markersize=3, alpha=0.6)
-        place = _head_and_tail(cells)
-        axes.plot(*place, "o", color=_COLORS[variant], markersize=8)
-        axes.annotate(variant, place, (7, 4), textcoords="offset points", fontsize=9)
+        axes.plot(*_head_and_tail(cells), "o", color=_COLORS[variant], markersize=8, label=variant)
     axes.margins(0.2)
     axes.set_xlabel("NDCG@10, head\n(line: less .. more popularity in the scores)")
     axes.set_ylabel("NDCG@10, tail")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _head_and_tail(cells: Cells) -> tuple[float, float]:

@@ -11,6 +11,8 @@ import numpy as np
 from h2rec._files import replacing
 from h2rec.training.evaluation import hits_and_gains
 
+from ._balance import POPULARITY_WEIGHTS
+
 SLICES = ("overall", "head", "tail")
 CHAMPION = "h2rec"
 RESAMPLES = 10_000
@@ -138,7 +140,8 @@ def at_equal_balance(cells: Sequence[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join((variant, str(len(ours)), *gains)) + " |")
     note = (
         "Relative difference of NDCG@10 in the full ranking, mean over common seeds, no interval. The other model's\n"
-        "scores get a weight times log(1 + training interactions), the one that is best for it on these users.\n"
+        f"scores get a weight of {POPULARITY_WEIGHTS[0]} .. {POPULARITY_WEIGHTS[-1]} times "
+        "log(1 + training interactions), the best for it on these users.\n"
     )
     return "\n".join(lines) + "\n\n" + note
 
