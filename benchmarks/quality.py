@@ -24,14 +24,15 @@ import torch
 from h2rec import SemanticIds
 from h2rec._files import replacing
 from h2rec.data import popularity_head
-from h2rec.training import TrainConfig, load_model, read_split, train_run
+from h2rec.training import TrainConfig, load_model, rank_users, read_split, train_run
 from h2rec.training.config import PRESETS
+from h2rec.training.evaluation import metrics_by_group
 from h2rec.training.files import write_json
 from h2rec.training.tiled_ranks import sweep_progress
 
 from ._balance import balance
 from ._machine import describe_machine
-from ._quality_report import write_report
+from ._quality_report import is_complete, write_report
 
 QUANTIZERS = ("rq_kmeans", "rq_vae", "pq")
 
@@ -152,7 +153,7 @@ def is_finished(cell: Cell, options: argparse.Namespace) -> bool:
         sys.exit(
             f"{path} was made with other settings, use another --output: {made.describe_difference(asked)}"
         )
-    return "balance" in content
+    return is_complete(content)
 
 
 def run_cell(cell: Cell, options: argparse.Namespace) -> None:
@@ -166,8 +167,13 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     trained, _, _, sids = load_model(run, model)
+    trained = trained.to(device)
     split = read_split(config, sids.num_items)
-    is_head = popularity_head(split.train_counts())
+    counts = split.train_counts()
+    # What `recommend` would have served.
+    masked = rank_users(trained, split, "test", users=ranks["users"], mask_history=True).full
+    tested = metrics["models"][model]
+    tested["test"]["masked"] = metrics_by_group(masked, ranks["targets"], counts)
     with replacing(folder / f"{cell.name}.npz") as temporary:
         # Halves of ranks are exact in float32 up to 2^23 items.
         np.savez_compressed(
@@ -175,8 +181,9 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
             users=ranks["users"].astype(np.int32),
             targets=ranks["targets"].astype(np.int32),
             full=ranks["full"].astype(np.float32),
+            masked=masked.astype(np.float32),
             sampled=ranks["sampled"].astype(np.float32),
-            is_head=is_head[ranks["targets"]],
+            is_head=popularity_head(counts)[ranks["targets"]],
         )
     write_json(
         folder / f"{cell.name}.json",
@@ -185,9 +192,9 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
             "variant": cell.variant,
             "seed": cell.seed,
             "quantizer": options.quantizer,
-            **metrics["models"][model],
+            **tested,
             "balance": balance(
-                trained.to(device),
+                trained,
                 split,
                 ranks["users"],
                 mask_history=config.mask_history,

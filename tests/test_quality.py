@@ -10,7 +10,7 @@ import torch
 from benchmarks import quality
 from benchmarks._balance import WithPopularity
 from benchmarks._quality_plot import _COLORS
-from benchmarks._quality_report import at_equal_balance, best_at, paired_bootstrap, significance
+from benchmarks._quality_report import at_equal_balance, best_at, is_complete, paired_bootstrap, significance
 from h2rec import SemanticIds
 from h2rec.models import build_model
 
@@ -83,9 +83,12 @@ def test_killed_cells_are_made_again_and_finished_ones_kept(data, tmp_path, monk
 
     cell = json.loads((output / "cells" / "shop.h2rec.0.json").read_text())
     ranks = np.load(output / "cells" / "shop.h2rec.0.npz")
-    gains = np.where(ranks["full"] <= 10, 1 / np.log2(1 + ranks["full"]), 0)
-    assert gains.mean() == pytest.approx(cell["test"]["full"]["overall"]["NDCG@10"])
-    assert gains[ranks["is_head"]].mean() == pytest.approx(cell["test"]["full"]["head"]["NDCG@10"])
+    for ranking in ("full", "masked", "sampled"):
+        gains = np.where(ranks[ranking] <= 10, 1 / np.log2(1 + ranks[ranking]), 0)
+        assert gains.mean() == pytest.approx(cell["test"][ranking]["overall"]["NDCG@10"])
+        assert gains[ranks["is_head"]].mean() == pytest.approx(cell["test"][ranking]["head"]["NDCG@10"])
+    assert (ranks["masked"] <= ranks["full"]).all()
+    assert (ranks["masked"] < ranks["full"]).any()
     curve = cell["balance"]
     for group in ("head", "tail"):
         assert curve[group][curve["weights"].index(0)] == pytest.approx(
@@ -174,6 +177,7 @@ def test_only_ranks_of_the_same_users_are_paired(of_seed_1, tmp_path):
             tmp_path / f"shop.{cell['variant']}.{cell['seed']}.npz",
             users=np.array(of_seed_1 if cell["seed"] else [1, 4, 6], dtype=np.int32),
             full=np.array([1.0, 3.0, 30.0]),
+            masked=np.array([1.0, 2.0, 20.0]),
             sampled=np.array([1.0, 2.0, 9.0]),
             is_head=np.array([True, False, False]),
         )
@@ -189,6 +193,7 @@ def test_seeds_that_only_one_model_has_are_not_compared(tmp_path):
             tmp_path / f"shop.{variant}.{seed}.npz",
             users=np.arange(3),
             full=np.full(3, rank),
+            masked=np.full(3, rank),
             sampled=np.full(3, rank),
             is_head=np.array([True, False, False]),
         )
@@ -235,14 +240,14 @@ def test_of_a_curve_that_turns_the_better_side_counts():
 def test_cells_from_before_a_part_was_recorded_are_finished(data, tmp_path, capsys):
     output = tmp_path / "out"
     run(data, output)
-    for name in ("hash", "h2rec"):
-        path = output / "cells" / f"shop.{name}.0.json"
-        cell = json.loads(path.read_text())
-        del cell["balance"]
-        path.write_text(json.dumps(cell))
+    folder = output / "cells"
+    cells = {name: json.loads((folder / f"shop.{name}.0.json").read_text()) for name in ("hash", "h2rec")}
+    del cells["hash"]["balance"], cells["h2rec"]["test"]["masked"]
+    for name, cell in cells.items():
+        (folder / f"shop.{name}.0.json").write_text(json.dumps(cell))
     run(data, output)
     assert "3 cells, 1 of them finished before" in capsys.readouterr().out
-    assert "balance" in json.loads(path.read_text())
+    assert all(is_complete(json.loads(path.read_text())) for path in folder.glob("*.json"))
 
 
 def test_every_model_that_is_compared_has_a_color():
