@@ -77,7 +77,8 @@ def train(
         typer.Option(
             metavar="FILE",
             rich_help_panel=_DATA,
-            help="Content vectors that the hash tables of all models but hash start from.",
+            help="Content vectors: the hash tables of all models but hash start from them, and target smoothing "
+            "takes the items that are alike by them.",
         ),
     ] = None,
     models: Annotated[

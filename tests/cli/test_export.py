@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,21 @@ def test_tables_of_many_parts(run, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "items.safetensors").read_bytes() == (tmp_path / "again").read_bytes()
     with torch.no_grad():
         torch.testing.assert_close(vectors, model.item_vectors(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_example_of_the_documents(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    call("export", run, tmp_path / "exported" / "shop", "--faiss")
+    page = Path(__file__).parents[2] / "docs" / "large-catalogs.md"
+    (code,) = re.findall(
+        r"^```python\n(import json.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("B0013NB7DW", "a1").replace("B000FTYALG", "a2"), {})
+    model, _, catalog, _ = load_model(run, "h2rec")
+    histories = [item_history(catalog, history) for history in (["a1", "a2"], ["a2"])]
+    expected = [[found.item for found in user] for user in recommend(model, catalog, histories, 10)]
+    assert [literal_eval(line) for line in capsys.readouterr().out.splitlines()] == expected
 
 
 @pytest.mark.parametrize("most", [200_000, 10], ids=["graph", "lists"])
