@@ -19,7 +19,6 @@ _COLORS = {variant: f"C{i}" for i, variant in enumerate(_COMPARED)}  # the same 
 def draw(cells: Cells) -> dict[str, Figure]:
     """By name: ``bands``, ``seesaw`` and, where there are ablations, ``ablation``; a column of axes per data set."""
     figures = {"bands": (_draw_bands, 7.0), "seesaw": (_draw_seesaw, 4.5), "ablation": (_draw_ablation, 5.5)}
-    data = sorted({cell["data"] for cell in cells})
     drawn = {}
     for name, (draw_axes, width) in figures.items():
         chosen = [
@@ -27,7 +26,8 @@ def draw(cells: Cells) -> dict[str, Figure]:
             for cell in cells
             if _is_ablation(cell) == (name == "ablation") or cell["variant"] == CHAMPION
         ]
-        if name == "ablation" and not any(map(_is_ablation, chosen)):
+        data = sorted({cell["data"] for cell in chosen})
+        if not data or (name == "ablation" and not any(map(_is_ablation, chosen))):
             continue
         figure = Figure(figsize=(width * len(data), 4), layout="constrained")
         for axes, one in zip(figure.subplots(1, len(data), squeeze=False)[0], data, strict=True):

@@ -25,11 +25,15 @@ def write_report(output: Path) -> Path:
     from ._quality_plot import draw  # which imports from here
 
     cells = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*.json"))]
-    cells = [cell for cell in cells if is_complete(cell)]  # others are about to be made again
+    complete = [cell for cell in cells if is_complete(cell)]
+    left_out = len(cells) - len(complete)
+    cells = complete
     parts = [
         "# Quality\n\nTest users; mean over seeds. Full: against the whole catalog. Masked: without what the user had "
         "before, as `h2rec recommend` serves. Sampled: against 100 negatives.\n"
     ]
+    if left_out:
+        parts.append(f"Left out: {left_out} cells of an older version, until they are asked for again.\n")
     for data in sorted({cell["data"] for cell in cells}):
         of_data = [cell for cell in cells if cell["data"] == data]
         parts.append(

@@ -10,7 +10,14 @@ import torch
 from benchmarks import quality
 from benchmarks._balance import WithPopularity
 from benchmarks._quality_plot import _COLORS
-from benchmarks._quality_report import at_equal_balance, best_at, is_complete, paired_bootstrap, significance
+from benchmarks._quality_report import (
+    at_equal_balance,
+    best_at,
+    is_complete,
+    paired_bootstrap,
+    significance,
+    write_report,
+)
 from h2rec import SemanticIds
 from h2rec.models import build_model
 
@@ -245,6 +252,7 @@ def test_cells_from_before_a_part_was_recorded_are_finished(data, tmp_path, caps
     del cells["hash"]["balance"], cells["h2rec"]["test"]["masked"]
     for name, cell in cells.items():
         (folder / f"shop.{name}.0.json").write_text(json.dumps(cell))
+    assert "Left out: 2 cells" in write_report(output).read_text()
     run(data, output)
     assert "3 cells, 1 of them finished before" in capsys.readouterr().out
     assert all(is_complete(json.loads(path.read_text())) for path in folder.glob("*.json"))
