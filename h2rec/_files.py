@@ -54,9 +54,12 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """`replacing` for a folder: gives an empty temporary one, which takes the place of ``path`` at the end.
 
+    If ``path`` is a link, of what it leads to.
+
     Raises:
         OSError: it cannot be written.
     """
+    path = path.resolve() if path.is_symlink() else path
     temporary, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
 
     def put_back() -> None:

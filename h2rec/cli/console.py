@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from h2rec.training.report import ReportedRun
 
 output = Console()
@@ -18,6 +20,11 @@ errors = Console(stderr=True)
 
 _GROUPS = (("overall", "all"), ("head", "head"), ("tail", "tail"))
 _METRICS = ("HR@10", "NDCG@10")
+
+
+def say_where(what: str, path: Path) -> None:
+    """Says where something is; brackets in a path are no markup."""
+    output.print(Text.assemble(what, " ", (str(path), "bold")), soft_wrap=True)
 
 
 def head_tail_table(run: ReportedRun, protocol: str, title: str) -> Table:

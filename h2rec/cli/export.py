@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from h2rec.cli.console import output as console
 from h2rec.cli.files import check_folder_of
@@ -53,9 +54,11 @@ def export(
 
     check_folder_of(output)
     name = model or main_model(TrainConfig.of_run(run).models)
-    with console.status(f"Exporting {name}"):
+    with console.status(Text(f"Exporting {name}")):
         description = export_run(run, name, output, aot=aot, faiss=faiss, force=force)
-    table = Table(title=f"{name} in {output}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title=Text(f"{name} in {output}"), title_justify="left", title_style="bold", box=SIMPLE_HEAD
+    )
     table.add_column("file")
     table.add_column("MB", justify="right")
     table.add_column("what", style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from h2rec.cli.console import errors
+from h2rec.cli.console import errors, say_where
 from h2rec.cli.console import output as console
 from h2rec.cli.files import check_writable, write_vectors
 from h2rec.cli.tokenizing import Collisions, Method, Settings, encoder_path, judge, learn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from h2rec.cli.tokenizing import Vectors
 
 _VECTORS, _CODES, _COLLISIONS = "Vectors", "Codes", "Items that share a semantic ID"
+_FILES = "files.json"
 _REPORTS = (".json", ".png", ".svg", ".pdf")
 # Vectors up to this size, in fp32, are kept in memory.
 _IN_MEMORY_BYTES = 128 << 20
@@ -219,48 +221,68 @@ def tokenize(
         if file.suffix.lower() not in _REPORTS:
             raise ValueError(f"--report: expected one of {', '.join(_REPORTS)}, got {file}")
     encoder, unfinished = encoder_path(output), output.with_name(f"{output.name}.unfinished")
-    check_writable(output, force)
-    beside = list(filter(None, (save_embeddings, *reports)))
+    files = list(filter(None, (output, save_embeddings, *reports)))
     if settings.method is Method.RQ_VAE or (append is not None and encoder_path(append).exists()):
-        beside.append(encoder)
-    for file in beside:
-        check_writable(file, force or unfinished.exists())  # by the command that was interrupted
+        files.append(encoder)
+    interrupted = _files_of(unfinished)
+    for file in files:
+        check_writable(file, force or file.absolute() in interrupted)
+    own = [file for file in files if file.absolute() in interrupted or not file.exists()]
     vectors = _read_vectors(items, item, text, embeddings, column)
-    with _work_in(unfinished) as folder:
+    with _work_in(unfinished, own) as folder:
         if save_embeddings is not None:
             write_vectors(vectors, save_embeddings)
         made = (
             append_items(append, vectors, folder) if append is not None else learn(vectors, settings, folder)
         )
-        judge(made, reports)
+        if append is not None:
+            judge(made, reports)  # not after it: to go on would append what has been appended
         if made.encoder is not None:
             made.encoder.save(encoder)
         made.sids.save(output)
-    console.print(f"\nSemantic IDs are in [bold]{output}[/]", highlight=False)
+        if append is None:
+            judge(made, reports)
+    say_where("\nSemantic IDs are in", output)
     if made.encoder is not None:
-        console.print(f"New items will need [bold]{encoder}[/]", highlight=False)
+        say_where("New items will need", encoder)
 
 
 @contextmanager
-def _work_in(folder: Path) -> Iterator[Path]:
-    """The folder that an interrupted command leaves with its work; deleted in the end."""
+def _work_in(folder: Path, own: list[Path]) -> Iterator[Path]:
+    """The folder that an interrupted command leaves with its work, and with the names of the files that are its own.
+
+    It is deleted in the end, and after an error that would come again.
+    """
+    from h2rec._files import replacing
     from h2rec.tokenizers import remove_checkpoints
+
+    def delete() -> None:
+        (folder / _FILES).unlink(missing_ok=True)
+        remove_checkpoints(folder)
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        with replacing(folder / _FILES) as temporary:
+            temporary.write_text(json.dumps([str(file.absolute()) for file in own]), encoding="utf-8")
         yield folder
-    except (KeyboardInterrupt, OSError):
-        if folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
-        elif folder.exists():
-            errors.print(
-                f"The same command goes on with what is in {folder}", highlight=False, soft_wrap=True
-            )
+    except (ValueError, TypeError, FloatingPointError):
+        delete()
         raise
     except BaseException:
-        remove_checkpoints(folder)
+        has_work = any(path.name != _FILES for path in folder.iterdir()) if folder.exists() else False
+        if has_work or any(file.exists() for file in own):
+            what = f"The same command goes on with what is in {folder}"
+            errors.print(what, highlight=False, markup=False, soft_wrap=True)
+        else:
+            delete()
         raise
-    remove_checkpoints(folder)
+    delete()
+
+
+def _files_of(folder: Path) -> set[Path]:
+    """What only a command that was interrupted can have written, so that it may be replaced."""
+    path = folder / _FILES
+    return {Path(file) for file in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else set()
 
 
 def _read_vectors(
@@ -276,6 +298,8 @@ def _read_vectors(
     if text:
         if items is None:
             raise ValueError("--text names a column of --items, which is missing")
+        if column is not None:
+            raise ValueError("--column is for the parquet file of --embeddings, which is missing")
         texts = data.read_items(items, item=item, text=text).texts
         with console.status(f"Embedding {len(texts):,} texts"):
             return data.embed_texts(texts)

@@ -85,7 +85,7 @@ def export_run(
             "padding_id": model.padding_idx,
         }
         if faiss:
-            description["faiss"] = _write_index(model, config, folder / "items.faiss")
+            description["faiss"] = _write_index(model, config, catalog, folder / "items.faiss")
         write_json(folder / DESCRIPTION, description)
     return description
 
@@ -116,20 +116,22 @@ def _write_sids(sids: SemanticIds, catalog: ItemCatalog, folder: Path) -> None:
         pl.DataFrame({"item_id": catalog.ids, **codes}).write_parquet(path)
 
 
-def _write_index(model: SequentialModel, config: TrainConfig, path: Path) -> dict[str, Any]:
+def _write_index(
+    model: SequentialModel, config: TrainConfig, catalog: ItemCatalog, path: Path
+) -> dict[str, Any]:
     import faiss
 
     index, name = faiss_index.build_index(model)
     with writing(path):
         faiss.write_index(index, str(path))
-    histories = _histories(config, model.num_items)
+    histories = _histories(config, catalog)
     found = faiss_index.recall(index, model, user_vectors(model, histories))
     return {"index": name, f"recall@{faiss_index.CUTOFF}": round(found, 4), "users": len(histories)}
 
 
-def _histories(config: TrainConfig, num_items: int) -> Sequence[np.ndarray]:
+def _histories(config: TrainConfig, catalog: ItemCatalog) -> Sequence[np.ndarray]:
     """All that some users of the log had."""
-    log = read_split(config, num_items).log
+    log = read_split(config, catalog.num_items, catalog).log
     count = min(_RECALL_USERS, log.num_users)
     users = np.sort(np.random.default_rng(0).choice(log.num_users, count, replace=False))
     return [log.items[log.offsets[user] : log.offsets[user + 1]] for user in users]

@@ -254,6 +254,16 @@ def test_an_export_stays_until_another_has_its_place(tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*")) == [out, out / "old"]
 
 
+def test_an_export_where_a_link_leads(run, tmp_path):
+    call("export", run, tmp_path / "v1")
+    (tmp_path / "current").symlink_to("v1")
+    for _ in range(2):
+        call("export", run, tmp_path / "current", "--model", "semantic", "--force")
+        assert (tmp_path / "current").readlink() == Path("v1")
+        assert json.loads((tmp_path / "v1" / "export.json").read_text())["model"] == "semantic"
+        assert {path.name for path in tmp_path.iterdir()} == {"current", "v1"}
+
+
 def test_refuses(run, tmp_path, monkeypatch):
     assert "expected one of the run's models" in call(
         "export", run, tmp_path / "o", "--model", "sum", fails=True

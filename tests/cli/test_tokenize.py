@@ -229,21 +229,58 @@ def test_killed_at_any_moment_it_goes_on(large, out, method, stage):
     assert leftovers == ["sids.safetensors", "undisturbed.safetensors"]
 
 
-def test_files_beside_do_not_stop_what_goes_on(vectors, out):
-    """Killed between two files, the command need not be told to overwrite its own."""
+def test_what_goes_on_may_replace_what_it_wrote_and_nothing_else(vectors, out, monkeypatch):
     report, encoder = out.with_name("quality.json"), out.with_name("sids.rq-vae.safetensors")
-    options = ["--embeddings", vectors, *SMALL, "--method", "rq-vae", "--report", report, "-o", out]
-    tokenize(*options)
-    made = SemanticIds.load(out)
-    out.unlink()
-    for file in (report, encoder):
-        assert f"{file} exists" in tokenize(*options, fails=True)
-        out.with_name("sids.safetensors.unfinished").mkdir()
+    options = ["--embeddings", vectors, *SMALL, "--method", "rq-vae", "-o", out]
+    monkeypatch.setattr(SemanticIds, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(AssertionError, match="goes on with"):
         tokenize(*options)
-        assert SemanticIds.load(out) == made
-        assert not out.with_name("sids.safetensors.unfinished").exists()
-        out.unlink()
-        report.unlink(missing_ok=True)
+    monkeypatch.undo()
+    assert files_beside(out) == [encoder.name, "sids.safetensors.unfinished"]
+    report.write_text("of somebody else")
+    assert f"{report} exists" in tokenize(*options, "--report", report, fails=True)
+    assert report.read_text() == "of somebody else"
+    tokenize(*options)
+    assert files_beside(out) == [report.name, encoder.name, out.name]
+    assert f"{out} exists" in tokenize(*options, fails=True)
+
+
+def test_an_interrupted_force_does_not_go_on_without(vectors, out, monkeypatch):
+    options = ["--embeddings", vectors, *SMALL, "-o", out]
+    tokenize(*options)
+    monkeypatch.setattr("h2rec.cli.tokenize.learn", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    tokenize(*options, "--force", fails=True)
+    monkeypatch.undo()
+    assert files_beside(out) == [out.name]
+    assert f"{out} exists" in tokenize(*options, fails=True)
+
+
+def test_an_append_in_place_is_saved_last(vectors, out, monkeypatch):
+    options = ["--append", out, "--embeddings", vectors, "-o", out, "--force"]
+    tokenize("--embeddings", vectors, *SMALL, "-o", out)
+    monkeypatch.setattr("h2rec.cli.tokenize.judge", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    tokenize(*options, fails=True)
+    monkeypatch.undo()
+    tokenize(*options)
+    assert SemanticIds.load(out).num_items == 2 * len(np.load(vectors))
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, KeyboardInterrupt])
+def test_what_ends_the_report_does_not_end_the_ids(vectors, out, error, monkeypatch):
+    options = ["--embeddings", vectors, *SMALL, "--report", out.with_name("quality.json"), "-o", out]
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("h2rec.cli.tokenize.judge", fails)
+    with pytest.raises((error, AssertionError)):
+        tokenize(*options)
+    made = SemanticIds.load(out)
+    assert list(out.with_name("sids.safetensors.unfinished").glob("fit-*"))
+    monkeypatch.undo()
+    tokenize(*options)
+    assert SemanticIds.load(out) == made
+    assert files_beside(out) == ["quality.json", "sids.safetensors"]
 
 
 @pytest.mark.slow

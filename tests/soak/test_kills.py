@@ -129,11 +129,11 @@ def vectors(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("method", "kills"), [("rq-kmeans", 9), ("rq-vae", 6)])
 def test_tokenize(method, kills, vectors, tmp_path, start_up):
     def command(folder: Path) -> list[object] | None:
-        output = folder / "sids.safetensors"
-        if output.exists():
+        output, report = folder / "sids.safetensors", folder / "quality.json"
+        if output.exists() and report.exists():
             return None
         sizes = ("--levels", 3, "--codebook-size", 64, "--iterations", 30 if method == "rq-kmeans" else 4)
-        options = ("--embeddings", vectors, "--method", method, "--report", folder / "quality.json")
+        options = ("--embeddings", vectors, "--method", method, "--report", report)
         return ["tokenize", *options, *sizes, "-o", output]
 
     kill_again_and_again(command, tmp_path, kills, start_up)
