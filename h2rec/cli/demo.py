@@ -48,12 +48,15 @@ def demo(
         files = ("--output", sids, "--save-embeddings", vectors, "--force")
         _run(context, "tokenize", "--items", items, *texts, *sizes, *files)
     else:
-        console.print(f"They are in {made} already.", highlight=False, soft_wrap=True)
+        console.print(f"They are in {made} already.", highlight=False, markup=False, soft_wrap=True)
 
     console.rule("[bold]2. Four models, trained and compared by the same rules", align="left")
     if (run / "config.json").exists():
         console.print(
-            f"{run} exists; going on with it (--force starts anew).", highlight=False, soft_wrap=True
+            f"{run} exists; going on with it (--force starts anew).",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
         _run(context, "train", "--output", run, "--resume")
     else:

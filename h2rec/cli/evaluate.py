@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from h2rec.cli.console import errors, print_results, say_where
 from h2rec.cli.console import output as console
-from h2rec.cli.console import print_results
 from h2rec.cli.files import check_writable
 
 
@@ -60,7 +60,9 @@ def evaluate(
     from h2rec.training import TrainConfig, evaluate_model, load_model, read_split
     from h2rec.training.files import write_json
     from h2rec.training.inputs import eval_users as sampled_users
+    from h2rec.training.inputs import log_change, read_catalog
     from h2rec.training.report import ReportedRun
+    from h2rec.training.run import check_trained
     from h2rec.training.tiled_ranks import sweep_progress
 
     if output is not None:
@@ -74,12 +76,18 @@ def evaluate(
         "seed": config.seed if seed is None else seed,
     }
     names = config.models if models is None else [name.strip() for name in models.split(",")]
-    trained = {name: load_model(run, name)[0] for name in names}
-    split = read_split(config, trained[names[0]].num_items)
+    check_trained(run, names)
+    catalog = read_catalog(run / "items.parquet")
+    split = read_split(config, catalog.num_items, catalog)
+    if change := log_change(split, run):
+        errors.print(
+            f"The log has changed, and the test items with it: the run began with {change}", soft_wrap=True
+        )
     users = sampled_users(config, split)
     ranking["users"] = None if users is None else len(users)
     metrics = {}
-    for name, model in trained.items():
+    for name in names:
+        model = load_model(run, name)[0]
         with console.status(f"Ranking with {name}"):
             test = evaluate_model(
                 model,
@@ -92,8 +100,10 @@ def evaluate(
                 progress=sweep_progress(name, model.num_items),
             )
         metrics[name] = {"test": test}
+        del model  # before the next is made
     result = {"models": metrics, "ranking": ranking}
     print_results(ReportedRun(run.name, result, {}, {}))
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, result)
-        console.print(f"The metrics are in [bold]{output}[/]", highlight=False, soft_wrap=True)
+        say_where("The metrics are in", output)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from h2rec.cli.console import output as console
 
@@ -65,12 +66,12 @@ def recommend(
         table.add_column("title")
     table.add_column("score", justify="right")
     for place, (item, title, score) in enumerate(best, start=1):
-        titles = () if title is None else (title,)
-        table.add_row(str(place), str(item), *titles, f"{score:.3f}")
+        titles = () if title is None else (Text(title),)
+        table.add_row(str(place), Text(str(item)), *titles, f"{score:.3f}")
     console.print(table)
 
 
 def _described(items: np.ndarray, catalog: ItemCatalog) -> str:
-    names = catalog.titles or [str(item) for item in catalog.ids]
-    latest = "; ".join(names[item] for item in items[: -_SHOWN_HISTORY - 1 : -1])
+    names = catalog.titles or catalog.ids
+    latest = "; ".join(str(names[int(item)]) for item in items[: -_SHOWN_HISTORY - 1 : -1])
     return f"{len(items)} items so far, the latest first: {latest}{'; ...' if len(items) > _SHOWN_HISTORY else ''}"

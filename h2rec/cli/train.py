@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from h2rec.cli.console import output as console
-from h2rec.cli.console import print_results
+from h2rec.cli.console import print_results, say_where
 
 if TYPE_CHECKING:
     from h2rec.training import TrainConfig
@@ -78,7 +77,7 @@ def train(
             metavar="FILE",
             rich_help_panel=_DATA,
             help="Content vectors: the hash tables of all models but hash start from them, and target smoothing "
-            "takes the items that are alike by them.",
+            "takes the items that are alike by them (up to 50,000 items).",
         ),
     ] = None,
     models: Annotated[
@@ -288,7 +287,7 @@ def train(
     train_run(config, run, resume=resume)
     if is_first_process():
         print_results(read_run(run))
-        console.print(f"The report is [bold]{run / 'report.html'}[/]", highlight=False, soft_wrap=True)
+        say_where("The report is", run / "report.html")
 
 
 def _config(given: dict[str, Any], preset: str | None, run: Path, resume: bool) -> TrainConfig:

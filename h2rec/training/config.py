@@ -59,9 +59,9 @@ class TrainConfig:
     Args:
         interactions: file of interactions (parquet, csv, tsv or RecBole ``.inter``).
         sids: semantic IDs as ``h2rec tokenize`` writes them.
-        items: file of items; without one the catalog is the interactions' item ids.
+        items: file of items; without one the item ids are the rows of the semantic IDs, 0 to num_items - 1.
         embeddings: content vectors ``[num_items, D]``; the hash tables of ``llminit``, ``sum``, ``mean``, ``concat``
-            and ``h2rec`` start from them.
+            and ``h2rec`` start from them, and up to 50,000 items target smoothing takes those alike by them.
         user_column, item_column: names of the raw id columns (``item_column`` in both files).
         order_column: timestamp or position; ``None`` takes ``timestamp``, ``time`` or ``order`` if there is one, else
             the order in the file.
@@ -87,7 +87,7 @@ class TrainConfig:
             `LARGE_CATALOG` items or more.
         table_learning_rate: of ``"rowwise_adagrad"``.
         max_epochs: the most epochs that a model trains.
-        steps_per_epoch: an epoch is so many batches, others each time; None: all users once.
+        steps_per_epoch: an epoch is at most so many batches, others each time; None: all users once.
         patience: epochs without a better validation NDCG@10 before a model stops.
         seed: of the starting weights, dropout, batch order and negatives.
         eval_users: validation and test rank a sample of so many users, drawn once by the seed; None: all, but 10,000
@@ -237,7 +237,8 @@ class TrainConfig:
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{path}: {error}") from error
 
     @classmethod
     def of_run(cls, run_dir: str | Path) -> TrainConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -21,9 +22,11 @@ from h2rec.data import (
     read_items,
     sample_negatives,
 )
+from h2rec.data.tables import Table
 from h2rec.ops._checks import check_finite_rows
 from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers import open_vectors
+from h2rec.tokenizers.checkpoint import digest
 from h2rec.training.config import TrainConfig
 
 
@@ -38,20 +41,26 @@ class Inputs(NamedTuple):
     co_occurrence: CoOccurrence | None  # of the training part
     eval_users: np.ndarray | None  # those who are ranked; None: all
     negatives: dict[str, np.ndarray]  # of each stage, [num_users or len(eval_users), n]
+    data: dict[str, Any]  # how large the log is, and digests, as data.json keeps them
 
     @property
     def catalog(self) -> ItemCatalog:
         return self.split.log.catalog
 
 
-def read_split(config: TrainConfig, num_items: int) -> Split:
+def read_split(config: TrainConfig, num_items: int, catalog: ItemCatalog | None = None) -> Split:
     """The log as the config names it. Without a file of items, the raw ids are 0 to ``num_items - 1``.
+
+    Args:
+        catalog: of the run that is gone on with or was trained (`h2rec.training.load_model`): its rows are those of the
+            model's tables, in whatever order the file of items is now. None: as the file of items is.
 
     Raises:
         ValueError, FileNotFoundError: see `h2rec.data`; or items that are not ``num_items`` (those of the SIDs).
     """
-    catalog = None
-    if config.items is not None:
+    if config.items is None:
+        catalog = None
+    elif catalog is None:
         catalog = read_items(config.items, item=config.item_column, title=config.title_column)
         if catalog.num_items != num_items:
             raise ValueError(
@@ -69,15 +78,26 @@ def read_split(config: TrainConfig, num_items: int) -> Split:
     return leave_one_out(log)
 
 
-def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
-    """Reads all that the config names, the semantic IDs from ``sids_path``."""
+def read_inputs(config: TrainConfig, run_dir: Path) -> Inputs:
+    """Reads all that the config names; the semantic IDs and the catalog from the run, once it has them.
+
+    Raises:
+        ValueError, FileNotFoundError: see `h2rec.data`; the data do not fit, or are not those that the run began with.
+    """
+    sids_path, catalog_path = (run_dir / name for name in ("sids.safetensors", "items.parquet"))
+    sids_path = sids_path if sids_path.exists() else Path(config.sids)
     sids = SemanticIds.load(sids_path)
     if config.min_shared_codes is not None and config.min_shared_codes > sids.num_levels:
         raise ValueError(
             f"min_shared_codes: expected at most {sids.num_levels}, the levels of {sids_path}, "
             f"got {config.min_shared_codes}"
         )
-    split = read_split(config, sids.num_items)
+    split = read_split(config, sids.num_items, read_catalog(catalog_path) if catalog_path.exists() else None)
+    if change := log_change(split, run_dir):
+        raise ValueError(
+            f"interactions: expected those that the run began with, {change} ({config.interactions})"
+        )
+    data = _describe_log(split)
     for stage in ("valid", "test"):
         if not (split.targets(stage) >= 0).any():
             raise ValueError(
@@ -86,10 +106,40 @@ def read_inputs(config: TrainConfig, sids_path: Path) -> Inputs:
     content = None
     if config.embeddings is not None:
         content = _read_content(config.embeddings, sids.num_items)
+        data["vectors_digest"] = digest([content])
+        if _kept_data(run_dir).get("vectors_digest", data["vectors_digest"]) != data["vectors_digest"]:
+            raise ValueError(
+                f"embeddings: expected the vectors that the run began with, got others ({config.embeddings})"
+            )
     is_aligned = "h2rec" in config.models and config.alignment_weight > 0
     pairs = co_occurrence(split) if is_aligned and config.co_occurrence else None
     users = eval_users(config, split)
-    return Inputs(split, sids, content, pairs, users, _ranking_negatives(config, split, users))
+    return Inputs(split, sids, content, pairs, users, _ranking_negatives(config, split, users), data)
+
+
+def _describe_log(split: Split) -> dict[str, Any]:
+    log = split.log
+    return {
+        "users": log.num_users,
+        "items": log.num_items,
+        "interactions": log.num_interactions,
+        "short_users": split.short_users,
+        "log_digest": digest([log.offsets, log.items]),
+    }
+
+
+def log_change(split: Split, run_dir: Path) -> str | None:
+    """What a log is instead of the one that a run began with; None: nothing else, or nothing is known of it."""
+    began, now = _kept_data(run_dir), _describe_log(split)
+    if not began or began["log_digest"] == now["log_digest"]:
+        return None
+    sizes = (f"{d['interactions']:,} interactions of {d['users']:,} users" for d in (began, now))
+    return "{}, got {} that are not the same".format(*sizes)
+
+
+def _kept_data(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "data.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _read_content(path: str, num_items: int) -> Tensor:
@@ -134,5 +184,4 @@ def write_catalog(catalog: ItemCatalog, path: Path) -> None:
 
 def read_catalog(path: Path) -> ItemCatalog:
     """The inverse of `write_catalog`."""
-    has_titles = "title" in pl.read_parquet_schema(path)
-    return read_items(path, title="title" if has_titles else None)
+    return read_items(path, title="title" if "title" in Table(path).columns else None)

@@ -83,7 +83,8 @@ class Recommender(lightning.LightningModule):
         eval_users: those who are ranked in validation, see `Ranker`.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the model, epoch, step, and items or users.
+        FloatingPointError: the loss is not finite; the message names the model, epoch, step, and items or users. On a
+            GPU every 50th loss is looked at, so the step may be a later one.
         ValueError: ``related_items`` does not fit the config, or a checkpoint is of another model or config; the
             message names what differs.
     """

@@ -21,8 +21,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from h2rec.training.files import write_json
 
-# For all processes to come; exchanges may take longer, as when one reads for the others.
+# For all processes that a launcher has started to come.
 _MEETING_TIME = timedelta(minutes=5)
+# For an exchange: the others wait in one while the first process reads. PyTorch's own limit for NCCL is ten minutes.
+_EXCHANGE_TIME = timedelta(hours=1)
 
 
 def launched_world_size() -> int | None:
@@ -49,7 +51,9 @@ def launched_group(accelerator: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         store, _, world_size = next(rendezvous("env://", timeout=_MEETING_TIME))
-        dist.init_process_group(_backend(accelerator), store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            _backend(accelerator), timeout=_EXCHANGE_TIME, store=store, rank=rank, world_size=world_size
+        )
     except RuntimeError as error:
         raise ChildProcessError(f"the {launched_world_size()} processes did not meet ({error})") from error
     try:
@@ -97,6 +101,7 @@ def _one_process(
     dist.init_process_group(
         _backend(accelerator),
         init_method=f"file://{meeting}/rendezvous",
+        timeout=_EXCHANGE_TIME,
         rank=rank,
         world_size=num_processes,
     )
@@ -130,4 +135,6 @@ def _cause(meeting: Path) -> Exception | None:
         return None
     name, message = json.loads((meeting / "error.json").read_text(encoding="utf-8"))
     kind = getattr(builtins, name, None)
+    if kind and issubclass(kind, ValueError):
+        kind = ValueError  # a UnicodeDecodeError cannot be made of a message
     return kind(message) if kind else None

@@ -28,12 +28,12 @@ class Recommendation(NamedTuple):
 
 
 def user_history(config: TrainConfig, catalog: ItemCatalog, user: int | str) -> np.ndarray:
-    """Item ids of all that a user of the run's log had, oldest first: int64 ``[T]``.
+    """Item ids of all that a user of the run's log, as it is now, had, oldest first: int64 ``[T]``.
 
     Raises:
         ValueError: no such user.
     """
-    log = read_split(config, catalog.num_items).log
+    log = read_split(config, catalog.num_items, catalog).log
     row = log.index_of_user(user)
     return log.items[log.offsets[row] : log.offsets[row + 1]]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def train_run(
 ) -> dict[str, Any]:
     """Trains and evaluates the models of a config, one after the other, and writes the report.
 
-    The directory holds ``config.json``, ``items.parquet``, ``sids.safetensors``, a folder for each model
+    The directory holds ``config.json``, ``items.parquet``, ``sids.safetensors``, ``data.json``, a folder for each model
     (``checkpoints/best.ckpt`` and ``last.ckpt``, ``metrics.csv`` by epoch, TensorBoard events, ``metrics.json``, and
     ``ranks.npz`` with every user's rank in the test), ``metrics.json`` and ``report.html``.
 
@@ -68,8 +70,8 @@ def train_run(
     Raises:
         FileExistsError: the directory holds something and ``resume`` is not set.
         FileNotFoundError: nothing to resume, or a file that the config names is not there.
-        ValueError: the data do not fit (see `h2rec.data`), the run to resume has another config, or its checkpoint is
-            damaged. Nothing has been written then.
+        ValueError: the data do not fit (see `h2rec.data`), the run to resume has another config or log, or its
+            checkpoint is damaged. Nothing has been written then.
         FloatingPointError: a loss or score is not finite.
         ChildProcessError: one of several processes was killed, or raised what is no built-in exception.
     """
@@ -79,7 +81,7 @@ def train_run(
         with launched_group(accelerator):
             inputs = _start(config, run_dir, resume, accelerator) if is_first_process() else None
             torch.distributed.barrier()
-            inputs = inputs or read_inputs(config, run_dir / "sids.safetensors")
+            inputs = inputs or read_inputs(config, run_dir)
             _train_models(config, inputs, run_dir, accelerator)
             torch.distributed.barrier()
     elif config.devices == 1:
@@ -105,15 +107,24 @@ def load_model(
         ValueError: the run has no model of this name, or a file of it is damaged.
     """
     run_dir = Path(run_dir)
+    check_trained(run_dir, (name,))
     config = TrainConfig.of_run(run_dir)
-    if name not in config.models:
-        raise ValueError(f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}")
     sids = SemanticIds.load(run_dir / "sids.safetensors")
     model = _build(name, config, sids)
-    if not best_checkpoint(run_dir / name).exists():
-        raise FileNotFoundError(f"{run_dir / name}: model {name!r} of this run has no checkpoint yet")
     _load_best_weights(model, name, config, run_dir / name)
     return model.eval(), config, read_catalog(run_dir / "items.parquet"), sids
+
+
+def check_trained(run_dir: Path, names: Sequence[str]) -> None:
+    """Refuses models that `load_model` cannot load, before one is."""
+    config = TrainConfig.of_run(run_dir)
+    for name in names:
+        if name not in config.models:
+            raise ValueError(
+                f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}"
+            )
+        if not best_checkpoint(run_dir / name).exists():
+            raise FileNotFoundError(f"{run_dir / name}: model {name!r} of this run has no checkpoint yet")
 
 
 def _for_launcher(config: TrainConfig, resume: bool) -> TrainConfig:
@@ -133,8 +144,7 @@ def _for_launcher(config: TrainConfig, resume: bool) -> TrainConfig:
 def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -> Inputs:
     """Reads and checks all there is to read; then writes what a run begins with."""
     _check_directory(config, run_dir, resume)
-    own_sids = run_dir / "sids.safetensors"
-    inputs = read_inputs(config, own_sids if own_sids.exists() else Path(config.sids))
+    inputs = read_inputs(config, run_dir)
     if accelerator == "gpu" and config.devices > 1 and config.has_sparse_tables(inputs.sids.num_items):
         raise ValueError(
             "table_optimizer: expected 'adamw' with several GPUs, as NCCL averages no sparse gradients, "
@@ -143,7 +153,7 @@ def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -
     train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
     _write_inputs(config, inputs, run_dir)
     if inputs.split.short_users:
-        say(f"{inputs.split.short_users} users have fewer than three interactions and are trained on only")
+        say(f"{inputs.split.short_users} users have fewer than three interactions and are not tested")
     if inputs.eval_users is not None:
         say(f"Validation and test rank a sample of {len(inputs.eval_users):,} users")
     return inputs
@@ -183,10 +193,13 @@ def _write_inputs(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
         inputs.sids.save(run_dir / "sids.safetensors")
     if not (run_dir / "items.parquet").exists():
         write_catalog(inputs.catalog, run_dir / "items.parquet")
+    # Of a run without it that has begun nobody knows on what.
+    if not any((run_dir / name).exists() for name in ("data.json", *config.models)):
+        write_json(run_dir / "data.json", inputs.data)
 
 
 def _train_in_process(config: TrainConfig, run_dir: Path, accelerator: str) -> None:
-    _train_models(config, read_inputs(config, run_dir / "sids.safetensors"), run_dir, accelerator)
+    _train_models(config, read_inputs(config, run_dir), run_dir, accelerator)
 
 
 def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerator: str) -> None:
@@ -196,6 +209,7 @@ def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerato
             say(f"{name}: finished before")
             continue
         _train_model(name, config, inputs, folder, accelerator)
+        gc.collect()  # Lightning's objects hold each other, and the model: of two large ones there is room for one
     if is_first_process():
         _write_metrics(config, inputs, run_dir)
 
@@ -294,18 +308,12 @@ def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
         name: json.loads((run_dir / name / "metrics.json").read_text(encoding="utf-8"))
         for name in config.models
     }
-    log = inputs.split.log
     write_json(
         run_dir / "metrics.json",
         {
             "models": models,
             "sid_stats": dataclasses.asdict(inputs.sids.stats()),
-            "data": {
-                "users": log.num_users,
-                "items": log.num_items,
-                "interactions": log.num_interactions,
-                "short_users": inputs.split.short_users,
-            },
+            "data": {name: value for name, value in inputs.data.items() if not name.endswith("digest")},
             "ranking": {
                 "history_masked": config.mask_history,
                 "negatives": config.ranking_negatives,

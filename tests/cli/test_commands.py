@@ -1,7 +1,9 @@
 """Every command, called as a user calls it: what it prints, writes and refuses."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,7 +198,7 @@ def test_options_change_the_preset(tmp_path):
 
 def test_evaluate_repeats_what_training_found(trained, tmp_path):
     run, _ = trained
-    output = tmp_path / "metrics.json"
+    output = tmp_path / "new" / "metrics.json"
     assert "with a head item next" in call("evaluate", run, "-o", output)
     found = json.loads((run / "metrics.json").read_text())
     again = json.loads(output.read_text())
@@ -230,6 +232,32 @@ def test_recommend(trained):
     assert f" {NUM_ITEMS} a" in call(
         "recommend", run, "--history", "a1,a2", "-k", NUM_ITEMS, "--keep-history"
     )
+
+
+def test_a_run_outlives_changes_of_its_files(trained, shop, tmp_path):
+    """The order of the items is that of training; a longer log gives longer histories, and other test items."""
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    files = {name: shutil.copy(shop / name, tmp_path) for name in ("items.csv", "log.csv")}
+    config = dataclasses.replace(
+        TrainConfig.of_run(run), items=files["items.csv"], interactions=files["log.csv"]
+    )
+    (run / "config.json").write_text(config.to_json())
+    commands = {"recommend": ["recommend", run, "--user", "v3"], "evaluate": ["evaluate", run]}
+    before = {name: call(*command) for name, command in commands.items()}
+    pl.read_csv(files["items.csv"]).reverse().write_csv(files["items.csv"])
+    assert {name: call(*command) for name, command in commands.items()} == before
+    log = pl.read_csv(files["log.csv"])
+    pl.concat([log, pl.DataFrame({"visitor": ["v3"], "asin": ["a0"], "at": [9]})]).write_csv(files["log.csv"])
+    assert "7 items so far, the latest first: red shoe number 0" in call(*commands["recommend"])
+    assert "began with 300 interactions of 50 users, got 301 interactions" in call(*commands["evaluate"])
+
+
+def test_brackets_in_names_are_printed(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "[bold]")
+    items = pl.read_parquet(run / "items.parquet", glob=False)
+    items.with_columns(title=pl.col("title") + " [remastered] [/b]").write_parquet(run / "items.parquet")
+    assert call("recommend", run, "--user", "v3", "-k", 2).count("[remastered] [/b]") == 5 + 2
+    assert "in " + str(tmp_path / "[bold].json") in call("evaluate", run, "-o", tmp_path / "[bold].json")
 
 
 def test_recommend_refuses(trained, tmp_path):

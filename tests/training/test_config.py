@@ -80,6 +80,9 @@ def test_loads_from_a_file(tmp_path):
     path.write_text('{"interactions": "log.csv", "sids": "s", "dim": "64"}')
     with pytest.raises(TypeError, match=r"config.json: dim: expected an integer, got '64'"):
         TrainConfig.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"config.json: 'utf-8' codec can't decode"):
+        TrainConfig.load(path)
 
 
 @pytest.mark.parametrize(

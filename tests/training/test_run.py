@@ -2,16 +2,19 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -72,7 +75,14 @@ def test_directory(finished_run, make_config, files):
     events = {str(path.relative_to(finished_run)) for path in finished_run.glob("*/events.out.tfevents.*")}
     assert len(events) == len(DEFAULT_MODELS)
     of_model = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "metrics.json", "ranks.npz")
-    expected = {"config.json", "items.parquet", "sids.safetensors", "metrics.json", "report.html"}
+    expected = {
+        "config.json",
+        "data.json",
+        "items.parquet",
+        "sids.safetensors",
+        "metrics.json",
+        "report.html",
+    }
     expected |= {f"{name}/{file}" for name in DEFAULT_MODELS for file in (*of_model, "hparams.yaml")}
     assert files_of(finished_run) == expected | events
     assert SemanticIds.load(finished_run / "sids.safetensors").num_items == 60
@@ -262,6 +272,24 @@ def test_progress_bar_on_a_terminal_only(monkeypatch):
 # ---- going on
 
 
+def test_a_model_is_gone_when_the_next_comes(make_config, tmp_path, monkeypatch):
+    built, build_model = [], run.build_model
+
+    def build(*arguments, **options):
+        assert not any(reference() for reference in built)
+        model = build_model(*arguments, **options)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run, "build_model", build)
+    gc.disable()  # what collects them now and then anyway
+    try:
+        train_run(make_config(models=("hash", "sum", "h2rec"), max_epochs=1), tmp_path / "run")
+    finally:
+        gc.enable()
+    assert len(built) == 3
+
+
 def test_resume_of_a_finished_run(make_config, tmp_path):
     config = make_config(models=("hash", "sum"), max_epochs=1)
     metrics = train_run(config, tmp_path / "run")
@@ -395,6 +423,56 @@ def test_resume_with_another_config(finished_run, make_config):
 
 
 @pytest.fixture
+def own_files(files, tmp_path) -> Path:
+    """A copy of the files, which may change."""
+    return shutil.copytree(files, tmp_path / "files")
+
+
+def test_data_that_have_changed_are_not_gone_on_with(make_config, own_files, tmp_path, stop_at, monkeypatch):
+    changing = {"interactions": own_files / "log.parquet", "embeddings": own_files / "vectors.npy"}
+    config = make_config(
+        models=("hash",), max_epochs=2, **{name: str(path) for name, path in changing.items()}
+    )
+    stop_at(run, "rank_users")
+    with pytest.raises(Killed):
+        train_run(config, tmp_path / "run")
+    monkeypatch.undo()
+    log = pl.read_parquet(config.interactions)
+    pl.concat([log, log.tail(1)]).write_parquet(config.interactions)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in files_of(tmp_path / "run")}
+    message = (
+        f"expected those that the run began with, {len(log):,} interactions .*, got {len(log) + 1:,} interact"
+    )
+    with pytest.raises(ValueError, match=message):
+        train_run(config, tmp_path / "run", resume=True)
+    log.write_parquet(config.interactions)
+    vectors = np.load(config.embeddings)
+    np.save(config.embeddings, vectors[::-1])
+    with pytest.raises(
+        ValueError, match="embeddings: expected the vectors that the run began with, got others"
+    ):
+        train_run(config, tmp_path / "run", resume=True)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in files_of(tmp_path / "run")} == before
+    np.save(config.embeddings, vectors)
+    train_run(config, tmp_path / "run", resume=True)
+
+
+def test_items_in_another_order_are_those_of_the_run(make_config, own_files, tmp_path, stop_at, monkeypatch):
+    config = make_config(models=("hash",), max_epochs=2, items=str(own_files / "items.csv"))
+    expected = train_run(config, tmp_path / "undisturbed")
+    stop_at(run.WholeCheckpoints, "save_checkpoint", "hash/checkpoints/last.ckpt", after=1)
+    with pytest.raises(Killed):
+        train_run(config, tmp_path / "run")
+    monkeypatch.undo()
+    pl.read_csv(config.items).reverse().write_csv(config.items)
+    assert untimed(train_run(config, tmp_path / "run", resume=True)) == untimed(expected)
+    catalog = load_model(tmp_path / "run", "hash")[2]
+    assert catalog.ids[3] == "i03"
+    again = read_split(config, 60, catalog).log
+    assert np.array_equal(again.items, read_split(make_config(), 60).log.items)
+
+
+@pytest.fixture
 def half_run(make_config, tmp_path, stop_at, monkeypatch) -> Path:
     """A run that was stopped before the evaluation of its first model."""
     stop_at(run, "rank_users")
@@ -445,6 +523,12 @@ def test_checkpoint_of_another_model(half_run):
         load_model(half_run, "hash")
     with pytest.raises(ValueError, match="name: expected one of the run's models, hash, semantic, got 'sum'"):
         load_model(half_run, "sum")
+
+
+def test_of_an_earlier_version_nobody_knows_the_data(half_run):
+    (half_run / "data.json").unlink()
+    train_run(TrainConfig.load(half_run / "config.json"), half_run, resume=True)
+    assert not (half_run / "data.json").exists()
 
 
 def test_a_run_may_move_with_its_files(half_run, make_config, tmp_path):
@@ -589,7 +673,7 @@ def test_a_full_disk(limit, file, make_config, tmp_path):
 
 
 def test_files_for_which_there_is_no_room(make_config, tmp_path):
-    catalog = run.read_inputs(make_config(), Path(make_config().sids)).catalog
+    catalog = run.read_inputs(make_config(), tmp_path).catalog
     large = {str(index): torch.zeros(1000) for index in range(20)}
     for name, write in {
         "items.parquet": lambda path: run.write_catalog(catalog, path),

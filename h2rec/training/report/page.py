@@ -64,8 +64,9 @@ _READ_CURVES = (
     "models do not compare, because some add alignment losses to the one for the next item."
 )
 _READ_SETTINGS = (
-    "These are the settings of config.json in the run directory; every model of the run was trained with the same. "
-    "A run with the same settings and seed on the same machine gives the same numbers."
+    "These are the settings of config.json in the run directory; every model of the run was trained with the same, but "
+    "for target_smoothing: where it is not set, h2rec has 0.3 and the others none. On a CPU a run with the same "
+    "settings and seed on the same machine gives the same numbers."
 )
 
 
