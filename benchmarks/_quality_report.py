@@ -13,7 +13,7 @@ from h2rec.training.evaluation import hits_and_gains
 
 from ._balance import POPULARITY_WEIGHTS
 
-RANKINGS = ("full", "masked", "sampled")
+RANKINGS = ("full", "sampled", "with_history")
 SLICES = ("overall", "head", "tail")
 CHAMPION = "h2rec"
 RESAMPLES = 10_000
@@ -29,8 +29,8 @@ def write_report(output: Path) -> Path:
     left_out = len(cells) - len(complete)
     cells = complete
     parts = [
-        "# Quality\n\nTest users; mean over seeds. Full: against the whole catalog. Masked: without what the user had "
-        "before, as `h2rec recommend` serves. Sampled: against 100 negatives.\n"
+        "# Quality\n\nTest users; mean over seeds. Full: in the whole catalog without what the user had before, as "
+        "`h2rec recommend` serves. Sampled: against 100 negatives. With history: in the whole catalog.\n"
     ]
     if left_out:
         parts.append(f"Left out: {left_out} cells of an older version, until they are asked for again.\n")

@@ -170,10 +170,9 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
     trained = trained.to(device)
     split = read_split(config, sids.num_items)
     counts = split.train_counts()
-    # What `recommend` would have served.
-    masked = rank_users(trained, split, "test", users=ranks["users"], mask_history=True).full
+    with_history = rank_users(trained, split, "test", users=ranks["users"], mask_history=False).full
     tested = metrics["models"][model]
-    tested["test"]["masked"] = metrics_by_group(masked, ranks["targets"], counts)
+    tested["test"]["with_history"] = metrics_by_group(with_history, ranks["targets"], counts)
     with replacing(folder / f"{cell.name}.npz") as temporary:
         # Halves of ranks are exact in float32 up to 2^23 items.
         np.savez_compressed(
@@ -181,8 +180,8 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
             users=ranks["users"].astype(np.int32),
             targets=ranks["targets"].astype(np.int32),
             full=ranks["full"].astype(np.float32),
-            masked=masked.astype(np.float32),
             sampled=ranks["sampled"].astype(np.float32),
+            with_history=with_history.astype(np.float32),
             is_head=popularity_head(counts)[ranks["targets"]],
         )
     write_json(

@@ -90,12 +90,12 @@ def test_killed_cells_are_made_again_and_finished_ones_kept(data, tmp_path, monk
 
     cell = json.loads((output / "cells" / "shop.h2rec.0.json").read_text())
     ranks = np.load(output / "cells" / "shop.h2rec.0.npz")
-    for ranking in ("full", "masked", "sampled"):
+    for ranking in ("full", "sampled", "with_history"):
         gains = np.where(ranks[ranking] <= 10, 1 / np.log2(1 + ranks[ranking]), 0)
         assert gains.mean() == pytest.approx(cell["test"][ranking]["overall"]["NDCG@10"])
         assert gains[ranks["is_head"]].mean() == pytest.approx(cell["test"][ranking]["head"]["NDCG@10"])
-    assert (ranks["masked"] <= ranks["full"]).all()
-    assert (ranks["masked"] < ranks["full"]).any()
+    assert (ranks["full"] <= ranks["with_history"]).all()
+    assert (ranks["full"] < ranks["with_history"]).any()
     curve = cell["balance"]
     for group in ("head", "tail"):
         assert curve[group][curve["weights"].index(0)] == pytest.approx(
@@ -183,9 +183,9 @@ def test_only_ranks_of_the_same_users_are_paired(of_seed_1, tmp_path):
         np.savez(
             tmp_path / f"shop.{cell['variant']}.{cell['seed']}.npz",
             users=np.array(of_seed_1 if cell["seed"] else [1, 4, 6], dtype=np.int32),
-            full=np.array([1.0, 3.0, 30.0]),
-            masked=np.array([1.0, 2.0, 20.0]),
+            full=np.array([1.0, 2.0, 20.0]),
             sampled=np.array([1.0, 2.0, 9.0]),
+            with_history=np.array([1.0, 3.0, 30.0]),
             is_head=np.array([True, False, False]),
         )
     is_said = "p = " in significance(cells, tmp_path)
@@ -200,8 +200,8 @@ def test_seeds_that_only_one_model_has_are_not_compared(tmp_path):
             tmp_path / f"shop.{variant}.{seed}.npz",
             users=np.arange(3),
             full=np.full(3, rank),
-            masked=np.full(3, rank),
             sampled=np.full(3, rank),
+            with_history=np.full(3, rank),
             is_head=np.array([True, False, False]),
         )
     lines = significance(cells, tmp_path).splitlines()[2:]
@@ -249,7 +249,7 @@ def test_cells_from_before_a_part_was_recorded_are_finished(data, tmp_path, caps
     run(data, output)
     folder = output / "cells"
     cells = {name: json.loads((folder / f"shop.{name}.0.json").read_text()) for name in ("hash", "h2rec")}
-    del cells["hash"]["balance"], cells["h2rec"]["test"]["masked"]
+    del cells["hash"]["balance"], cells["h2rec"]["test"]["with_history"]
     for name, cell in cells.items():
         (folder / f"shop.{name}.0.json").write_text(json.dumps(cell))
     assert "Left out: 2 cells" in write_report(output).read_text()

@@ -55,7 +55,7 @@ def evaluate(
     \b
     Example:
         h2rec evaluate runs/shop
-        h2rec evaluate runs/shop --models sum,h2rec --mask-history --negatives 500
+        h2rec evaluate runs/shop --models sum,h2rec --keep-history --negatives 500
     """
     from h2rec.training import TrainConfig, evaluate_model, load_model, read_split
     from h2rec.training.files import write_json

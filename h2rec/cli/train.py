@@ -250,8 +250,8 @@ def train(
         typer.Option(
             "--mask-history/--keep-history",
             rich_help_panel=_EVALUATION,
-            show_default="keep-history",
-            help="Leave a user's earlier items out of the full ranking.",
+            show_default="mask-history",
+            help="Leave a user's earlier items out of the full ranking, as recommend does.",
         ),
     ] = None,
     resume: Annotated[

@@ -93,7 +93,8 @@ class TrainConfig:
         eval_users: validation and test rank a sample of so many users, drawn once by the seed; None: all, but 10,000
             where there are `LARGE_CATALOG` items or more.
         ranking_negatives: sampled negatives per user in evaluation.
-        mask_history: leave a user's earlier items out of the full ranking (the default keeps them).
+        mask_history: leave a user's earlier items out of the full ranking, by which training stops, as
+            `h2rec.training.recommend.recommend` does.
         accelerator, devices: ``"auto"``, ``"cpu"`` or ``"gpu"``, and how many processes train together.
 
     Raises:
@@ -140,7 +141,7 @@ class TrainConfig:
 
     eval_users: int | None = None
     ranking_negatives: int = 100
-    mask_history: bool = False
+    mask_history: bool = True
 
     accelerator: str = "auto"
     devices: int = 1

@@ -209,11 +209,11 @@ def test_evaluate_repeats_what_training_found(trained, tmp_path):
 def test_evaluate_by_other_rules(trained, tmp_path):
     run, _ = trained
     output = tmp_path / "metrics.json"
-    printed = call("evaluate", run, "--models", "hash", "--mask-history", "--negatives", 5, "-o", output)
-    assert "without the user's history" in printed
+    printed = call("evaluate", run, "--models", "hash", "--keep-history", "--negatives", 5, "-o", output)
+    assert "with the user's history" in printed
     again = json.loads(output.read_text())
     assert list(again["models"]) == ["hash"]
-    assert again["ranking"] == {"history_masked": True, "negatives": 5, "seed": 0, "users": None}
+    assert again["ranking"] == {"history_masked": False, "negatives": 5, "seed": 0, "users": None}
     assert "--force overwrites it" in call("evaluate", run, "-o", output, fails=True)
     assert "expected one of the run's models" in call("evaluate", run, "--models", "sum", fails=True)
 

@@ -53,7 +53,7 @@ CHANGED = {
     "seed": 9,
     "eval_users": 1000,
     "ranking_negatives": 50,
-    "mask_history": True,
+    "mask_history": False,
     "accelerator": "cpu",
     "devices": 2,
 }

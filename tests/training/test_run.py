@@ -94,7 +94,7 @@ def test_metrics(finished_run):
     metrics = read_json(finished_run / "metrics.json")
     assert list(metrics["models"]) == list(DEFAULT_MODELS)
     assert metrics["ranking"] == {
-        "history_masked": False,
+        "history_masked": True,
         "negatives": 20,
         "seed": 0,
         "users": None,
@@ -189,14 +189,14 @@ def test_every_epoch_has_batches_and_dropout_of_its_own(make_config, tmp_path, m
 @pytest.mark.parametrize("name", ["sum", "h2rec"])
 def test_every_loss_trains(loss, name, make_config, tmp_path):
     config = make_config(
-        models=(name,), loss=loss, num_negatives=20, mask_history=True, dim=32, max_epochs=12
+        models=(name,), loss=loss, num_negatives=20, mask_history=False, dim=32, max_epochs=12
     )
     metrics = train_run(config, tmp_path / "run")
     assert metrics["models"][name]["loss"] == loss
-    assert metrics["ranking"]["history_masked"]
+    assert not metrics["ranking"]["history_masked"]
     rows = read_rows(tmp_path / "run" / name)
     assert rows[-1]["train_next_item"] < 0.9 * rows[0]["train_next_item"]
-    # Epochs are validated by the rules of the end, the masked history among them.
+    # Epochs are validated by the rules of the end, the kept history among them.
     best = metrics["models"][name]["valid"]["full"]["overall"]["NDCG@10"]
     assert max(row["valid_NDCG@10"] for row in rows) == pytest.approx(best, abs=1e-6)
 
