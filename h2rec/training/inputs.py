@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from h2rec.semantic_ids import SemanticIds
 from h2rec.tokenizers import open_vectors
 from h2rec.tokenizers.checkpoint import digest
 from h2rec.training.config import TrainConfig
+from h2rec.training.files import read_json
 
 
 class Inputs(NamedTuple):
@@ -139,7 +139,7 @@ def log_change(split: Split, run_dir: Path) -> str | None:
 
 def _kept_data(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "data.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _read_content(path: str, num_items: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from h2rec.training.checkpoints import (
 )
 from h2rec.training.config import TrainConfig
 from h2rec.training.evaluation import metrics_of, rank_users
-from h2rec.training.files import write_json
+from h2rec.training.files import read_json, write_json
 from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
 from h2rec.training.module import Recommender, check_origin, train_batches
 from h2rec.training.processes import (
@@ -91,7 +90,7 @@ def train_run(
         train_in_processes(_train_in_process, (config, run_dir, accelerator), config.devices, accelerator)
     if is_first_process():
         write_report(run_dir)
-    return json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    return read_json(run_dir / "metrics.json")
 
 
 def load_model(
@@ -304,10 +303,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
 
 
 def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
-    models = {
-        name: json.loads((run_dir / name / "metrics.json").read_text(encoding="utf-8"))
-        for name in config.models
-    }
+    models = {name: read_json(run_dir / name / "metrics.json") for name in config.models}
     write_json(
         run_dir / "metrics.json",
         {

@@ -531,6 +531,12 @@ def test_of_an_earlier_version_nobody_knows_the_data(half_run):
     assert not (half_run / "data.json").exists()
 
 
+def test_a_damaged_file_is_named(half_run):
+    (half_run / "data.json").write_text("{")
+    with pytest.raises(ValueError, match=r"data\.json is not JSON"):
+        train_run(TrainConfig.load(half_run / "config.json"), half_run, resume=True)
+
+
 def test_a_run_may_move_with_its_files(half_run, make_config, tmp_path):
     moved = tmp_path / "moved.parquet"
     moved.write_bytes(Path(make_config().interactions).read_bytes())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from h2rec.training.files import read_json
 
 BASELINE = "hash"
 LABELS = {
@@ -62,21 +63,11 @@ def read_run(run_dir: Path) -> ReportedRun:
     metrics_path = run_dir / "metrics.json"
     if not metrics_path.is_file():
         raise FileNotFoundError(f"{run_dir} has no metrics.json: no model of this run has been evaluated yet")
-    metrics = _read_json(metrics_path)
+    metrics = read_json(metrics_path)
     if not isinstance(metrics.get("models"), dict) or not metrics["models"]:
         raise ValueError(f'{metrics_path} has no "models"')
     curves = {model: _read_curves(run_dir / model / "metrics.csv") for model in metrics["models"]}
-    return ReportedRun(run_dir.resolve().name, metrics, _read_json(run_dir / "config.json"), curves)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+    return ReportedRun(run_dir.resolve().name, metrics, read_json(run_dir / "config.json"), curves)
 
 
 def _read_curves(path: Path) -> dict[str, list[float]]:
