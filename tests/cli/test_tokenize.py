@@ -203,7 +203,7 @@ def kill_as_soon_as_kept(stage: str, options: list[object], out: Path) -> Path:
         [*PROGRAM, *map(str, options), "-o", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     folder = out.with_name(f"{out.name}.unfinished")
-    while child.poll() is None and not any(folder.glob(f"{stage}*")):
+    while child.poll() is None and not any(file.stat().st_size for file in folder.glob(f"{stage}*")):
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -259,7 +259,8 @@ def test_equal_items_tie_whatever_the_rounding(dim, split, device):
     sids = SemanticIds(torch.zeros(NUM_ITEMS, 3, dtype=torch.int64), codebook_sizes=(4, 4, 4))
     heads = {"num_heads": 1}
     model = build_model("semantic", sids, dim=dim, **heads).to(device)
-    ranks = rank_users(model, split, "test", negatives=sample_negatives(split, "test", 9))
+    negatives = sample_negatives(split, "test", 9)
+    ranks = rank_users(model, split, "test", negatives=negatives, mask_history=False)
     assert (ranks.full == (NUM_ITEMS + 1) / 2).all()
     assert (ranks.sampled == 5.5).all()
 
