@@ -12,7 +12,7 @@ from ._quality_report import CHAMPION, balance_curve, by_variant, mean_metric, o
 
 Cells = Sequence[dict[str, Any]]
 
-_COMPARED = (CHAMPION, "sum", "hash", "semantic", "llminit", "mean", "concat", "paper")
+_COMPARED = (CHAMPION, "sum", "hash", "semantic", "llminit", "mean", "concat", "paper", "sum-128")
 _COLORS = {variant: f"C{i}" for i, variant in enumerate(_COMPARED)}  # the same in all data sets
 
 

@@ -29,8 +29,9 @@ def write_report(output: Path) -> Path:
     left_out = len(cells) - len(complete)
     cells = complete
     parts = [
-        "# Quality\n\nTest users; mean over seeds. Full: in the whole catalog without what the user had before, as "
-        "`h2rec recommend` serves. Sampled: against 100 negatives. With history: in the whole catalog.\n"
+        "# Quality\n\nTest users; mean over seeds. Full: in the whole catalog, by the rule that training stopped by: "
+        "without what the user had before, unless `mask_history` is false. Sampled: against 100 negatives. With "
+        "history: in the whole catalog.\n"
     ]
     if left_out:
         parts.append(f"Left out: {left_out} cells of an older version, until they are asked for again.\n")

@@ -44,7 +44,11 @@ class Variant(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
 
 
-BASELINES = {name: Variant(name) for name in ("hash", "llminit", "semantic", "sum", "mean", "concat")}
+BASELINES = {
+    **{name: Variant(name) for name in ("hash", "llminit", "semantic", "sum", "mean", "concat")},
+    # As wide in the score as H2Rec's two branches of 64, with twice its hash table.
+    "sum-128": Variant("sum", {"dim": 128}),
+}
 ABLATIONS = {
     "h2rec-no-smoothing": Variant("h2rec", {"target_smoothing": 0.0}),
     "h2rec-one-branch": Variant("sum", {"target_smoothing": 0.3}),
@@ -54,6 +58,7 @@ ABLATIONS = {
     "h2rec-attention": Variant("h2rec", {"mixing": "residual_attention"}),
     "h2rec-alignment": Variant("h2rec", {"alignment_weight": 0.1}),
     "h2rec-granularity": Variant("h2rec", {"mixing": "residual_attention", "granularity_weight": 0.1}),
+    "h2rec-128": Variant("h2rec", {"dim": 128}),
 }
 VARIANTS = {
     **BASELINES,
@@ -61,7 +66,7 @@ VARIANTS = {
     "paper": Variant("h2rec", PRESETS["paper"]),
     **ABLATIONS,
 }
-DEFAULT_VARIANTS = ("hash", "semantic", "sum", "h2rec")
+DEFAULT_VARIANTS = ("hash", "semantic", "sum", "sum-128", "h2rec")
 
 
 class Cell(NamedTuple):
