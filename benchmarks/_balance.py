@@ -47,7 +47,7 @@ def balance(
     split: Split,
     users: np.ndarray,
     *,
-    mask_history: bool = True,
+    mask_history: bool,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Test NDCG@10 of head and tail in the full ranking, with popularity in the scores.

@@ -34,7 +34,7 @@ def write_report(output: Path) -> Path:
         "history: in the whole catalog.\n"
     ]
     if left_out:
-        parts.append(f"Left out: {left_out} cells of an older version, until they are asked for again.\n")
+        parts.append(f"Left out: {left_out} cells that lack a part, until they are asked for again.\n")
     for data in sorted({cell["data"] for cell in cells}):
         of_data = [cell for cell in cells if cell["data"] == data]
         parts.append(

@@ -46,7 +46,7 @@ class Variant(NamedTuple):
 
 BASELINES = {
     **{name: Variant(name) for name in ("hash", "llminit", "semantic", "sum", "mean", "concat")},
-    # As wide in the score as H2Rec's two branches of 64, with twice its hash table.
+    # As wide in the score as the two branches of H2Rec with the default dim, 64, and twice its hash table.
     "sum-128": Variant("sum", {"dim": 128}),
 }
 ABLATIONS = {

@@ -122,6 +122,8 @@ def test_settings_and_seeds_arrive(data, tmp_path):
     assert (config.seed, config.dropout, config.loss, config.share_backbone) == (4, 0.5, "bce", True)
     assert config.embeddings == str(data / "vectors.npy")
     assert quality.make_config(quality.Cell(data, "h2rec-random-start", 4), options).embeddings is None
+    wide = quality.make_config(quality.Cell(data, "sum-128", 4), options)
+    assert (wide.models, wide.dim) == (("sum",), 128)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_of_a_curve_that_turns_the_better_side_counts():
     assert best_at(0.0, np.zeros(3), along[:3]) == pytest.approx(3.0)
 
 
-def test_cells_from_before_a_part_was_recorded_are_finished(data, tmp_path, capsys):
+def test_cells_that_lack_a_part_are_finished(data, tmp_path, capsys):
     output = tmp_path / "out"
     run(data, output)
     folder = output / "cells"

@@ -251,7 +251,7 @@ def train(
             "--mask-history/--keep-history",
             rich_help_panel=_EVALUATION,
             show_default="mask-history",
-            help="Leave a user's earlier items out of the full ranking, as recommend does.",
+            help="Leave a user's earlier items out of the full ranking, by which training stops.",
         ),
     ] = None,
     resume: Annotated[

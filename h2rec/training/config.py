@@ -93,8 +93,8 @@ class TrainConfig:
         eval_users: validation and test rank a sample of so many users, drawn once by the seed; None: all, but 10,000
             where there are `LARGE_CATALOG` items or more.
         ranking_negatives: sampled negatives per user in evaluation.
-        mask_history: leave a user's earlier items out of the full ranking, by which training stops, as
-            `h2rec.training.recommend.recommend` does.
+        mask_history: leave a user's earlier items, but for the one looked for, out of the full ranking, by which
+            training stops, as `h2rec.training.recommend.recommend` leaves them out.
         accelerator, devices: ``"auto"``, ``"cpu"`` or ``"gpu"``, and how many processes train together.
 
     Raises:

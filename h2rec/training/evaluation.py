@@ -1,8 +1,8 @@
 """How well held-out items are ranked: overall, for head and tail, and by band of training popularity.
 
-The rules are fixed: a rank counts half of the ties; the full ranking is over the whole catalog and keeps
-the user's earlier items in it unless asked otherwise; sampled negatives are drawn once per seed, outside the user's
-whole sequence.
+The rules are fixed: a rank counts half of the ties; the full ranking is over the whole catalog without what the user
+had before (but never without the held-out item), unless asked otherwise; sampled negatives are drawn once per seed,
+outside the user's whole sequence.
 """
 
 from __future__ import annotations
@@ -268,6 +268,18 @@ def _history(split: Split, stage: str, users: np.ndarray) -> tuple[np.ndarray, n
     return runs(split.log.items, starts, lengths)
 
 
+def repeated_share(split: Split, stage: str, users: np.ndarray | None = None) -> float:
+    """The share of users whose held-out item is one that they had before.
+
+    Args:
+        users: with held-out items, ``[n]``; None: all that have one.
+    """
+    targets = split.targets(stage)
+    users = np.flatnonzero(targets >= 0) if users is None else users
+    rows, items = _history(split, stage, users)
+    return len(np.unique(rows[items == targets[users[rows]]])) / len(users)
+
+
 def hits_and_gains(ranks: np.ndarray) -> dict[str, np.ndarray]:
     """``HR@k`` (0 or 1) and ``NDCG@k`` (1 / log2(1 + rank) where it is a hit) of each rank, ``[n]``."""
     values = {}
@@ -331,8 +343,7 @@ def evaluate_model(
     Args:
         stage: ``"valid"`` or ``"test"``.
         num_negatives, seed: see `h2rec.data.sample_negatives`; the same for every model.
-        mask_history: leave what the user had before out of the full ranking.
-        users, progress: see `Ranker`.
+        mask_history, users, progress: see `Ranker`.
 
     Returns:
         ``{"full": metrics, "sampled": metrics}`` as in `metrics_by_group`.

@@ -16,7 +16,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote.
+    """Reads a JSON object of a run.
 
     Raises:
         ValueError: it is not a JSON object; the message names the file.

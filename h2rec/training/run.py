@@ -28,7 +28,7 @@ from h2rec.training.checkpoints import (
     load_checkpoint,
 )
 from h2rec.training.config import TrainConfig
-from h2rec.training.evaluation import metrics_of, rank_users
+from h2rec.training.evaluation import metrics_of, rank_users, repeated_share
 from h2rec.training.files import read_json, write_json
 from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
 from h2rec.training.module import Recommender, check_origin, train_batches
@@ -42,6 +42,10 @@ from h2rec.training.progress import progress_callback, quiet_lightning, say
 from h2rec.training.related_items import RelatedItems
 from h2rec.training.report import write_report
 from h2rec.training.tiled_ranks import sweep_progress
+
+# From this share of repeated test items on, of at most so many users, training says that rankings leave such items out.
+_MANY_REPEATED = 0.05
+_ASKED_USERS = 10_000
 
 
 def train_run(
@@ -153,6 +157,12 @@ def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -
     _write_inputs(config, inputs, run_dir)
     if inputs.split.short_users:
         say(f"{inputs.split.short_users} users have fewer than three interactions and are not tested")
+    repeated = repeated_share(inputs.split, "test", inputs.split.sample_users(_ASKED_USERS, config.seed))
+    if config.mask_history and repeated >= _MANY_REPEATED:
+        say(
+            f"{repeated:.0%} of the test items are ones that their users had before; if such are to be recommended, "
+            "train with --keep-history"
+        )
     if inputs.eval_users is not None:
         say(f"Validation and test rank a sample of {len(inputs.eval_users):,} users")
     return inputs

@@ -106,12 +106,13 @@ def test_help_of_train_shows_the_defaults_of_the_config():
     options = typer.main.get_command(app).commands["train"].params
     shown = {option.name: option.show_default for option in options if isinstance(option.show_default, str)}
     for in_words in (
-        *("preset", "order_column", "num_negatives", "mask_history"),
+        *("preset", "order_column", "num_negatives"),
         *("target_smoothing", "steps_per_epoch", "eval_users"),
     ):
         del shown[in_words]
     config = TrainConfig(interactions="log.csv", sids="sids.safetensors")
     defaults = {name: getattr(config, name) for name in shown} | {"models": ",".join(config.models)}
+    defaults["mask_history"] = "mask-history" if config.mask_history else "keep-history"
     assert shown == {name: str(value) for name, value in defaults.items()}
 
 
@@ -213,6 +214,8 @@ def test_evaluate_by_other_rules(trained, tmp_path):
     assert "with the user's history" in printed
     again = json.loads(output.read_text())
     assert list(again["models"]) == ["hash"]
+    found = json.loads((run / "metrics.json").read_text())["models"]["hash"]["test"]["full"]
+    assert again["models"]["hash"]["test"]["full"] != found
     assert again["ranking"] == {"history_masked": False, "negatives": 5, "seed": 0, "users": None}
     assert "--force overwrites it" in call("evaluate", run, "-o", output, fails=True)
     assert "expected one of the run's models" in call("evaluate", run, "--models", "sum", fails=True)

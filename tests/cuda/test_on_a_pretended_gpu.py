@@ -77,7 +77,7 @@ PAPER = {"mixing": "attention", "share_backbone": True, "alignment_weight": 0.1,
 @pytest.mark.parametrize(
     "settings",
     [
-        {"models": ("sum", "h2rec"), "mask_history": True},
+        {"models": ("sum", "h2rec"), "mask_history": False},
         {"loss": "bce", **PAPER},
         {"loss": "sampled_softmax", "table_optimizer": "rowwise_adagrad"},
         {"loss": "sampled_softmax", "target_smoothing": 0.0, "backbone": "bert4rec"},

@@ -8,7 +8,7 @@ from h2rec import SemanticIds
 from h2rec.data import InteractionLog, ItemCatalog, Split, leave_one_out, sample_negatives
 from h2rec.models import MODELS, SequentialModel, build_model
 from h2rec.training import evaluate_model, evaluation, rank_users
-from h2rec.training.evaluation import eval_batches, metrics_by_group, ranks_of_targets
+from h2rec.training.evaluation import eval_batches, metrics_by_group, ranks_of_targets, repeated_share
 
 NUM_ITEMS, NUM_USERS = 50, 40
 
@@ -147,6 +147,17 @@ def test_later_items_change_no_rank_input(stage, split, model):
     log = InteractionLog(split.log.users, split.log.catalog, split.log.offsets, items)
     ranks, others = rank_users(model, split, stage), rank_users(model, leave_one_out(log), stage)
     assert (ranks.full == others.full).all() == (stage == "valid")
+
+
+@pytest.mark.parametrize("stage", ["valid", "test"])
+def test_share_of_users_whose_held_out_item_is_repeated(stage, split):
+    repeated = []
+    for user in np.flatnonzero(split.targets(stage) >= 0):
+        sequence = split.log.items[split.log.offsets[user] : split.log.offsets[user + 1]].tolist()
+        *history, target = sequence if stage == "test" else sequence[:-1]
+        repeated.append(target in history)
+    assert 0 < repeated_share(split, stage) == np.mean(repeated) < 1
+    assert repeated_share(split, stage, np.array([NUM_USERS - 1])) == 1
 
 
 def test_metrics_by_hand():

@@ -61,7 +61,7 @@ def write_run(folder: Path, models: tuple[str, ...] = MODELS) -> Path:
             "perplexity": [7.1, 11.0],
         },
         "data": {"users": 231, "items": 500, "interactions": 12000},
-        "ranking": {"history_masked": False, "negatives": 100, "seed": 0},
+        "ranking": {"history_masked": True, "negatives": 100, "seed": 0},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "config.json").write_text(json.dumps({"interactions": "log.csv", "dim": 64, "items": None}))
@@ -120,6 +120,7 @@ def test_has_every_part(source: str):
         "231 users · 500 items · 12,000 interactions",
         "Head and tail",
         "Full ranking",
+        "items of the user's history left out of the others",
         "100 sampled negatives",
         "By popularity",
         "Head against tail",

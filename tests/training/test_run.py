@@ -238,6 +238,26 @@ def test_sampled_softmax_leaves_out_the_users_own_items(make_config, tmp_path, m
         assert mask.any()
 
 
+@pytest.mark.parametrize(
+    ("places", "mask_history", "is_said"),
+    [((0, 1, 2, 0, 1), True, True), ((0, 1, 2, 0, 1), False, False), ((0, 1, 0, 1, 2), True, False)],
+    ids=["repeated", "ranked with the others", "the test item is new"],
+)
+def test_says_that_repeated_items_are_left_out(places, mask_history, is_said, make_config, tmp_path, capsys):
+    users = np.repeat(np.arange(40), len(places))
+    items = (users + np.tile(places, 40)) % 60
+    pl.DataFrame({"user_id": users, "item_id": items}).write_csv(tmp_path / "log.csv")
+    sids = SemanticIds(torch.randint(8, (60, 3), generator=torch.Generator().manual_seed(0)))
+    sids.save(tmp_path / "sids.safetensors")
+    paths = {"interactions": str(tmp_path / "log.csv"), "sids": str(tmp_path / "sids.safetensors")}
+    config = make_config(
+        **paths, items=None, title_column=None, models=("hash",), max_epochs=1, mask_history=mask_history
+    )
+    train_run(config, tmp_path / "run")
+    said = "100% of the test items are ones that their users had before" in capsys.readouterr().out
+    assert said == is_said
+
+
 def test_raw_rows_without_a_catalog(make_config, tmp_path, monkeypatch, capsys):
     """Item ids that are rows, no timestamps, relative paths, and a terminal to draw a progress bar on."""
     monkeypatch.chdir(tmp_path)
