@@ -41,7 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity_weight": 0.1,
         "loss": "bce",
         "target_smoothing": 0.0,
-        "num_negatives": 1,
         "batch_size": 128,
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
@@ -76,7 +75,7 @@ class TrainConfig:
         loss: ``"full_softmax"`` over the catalog, ``"sampled_softmax"``, ``"bce"`` (the paper's), or ``"auto"``:
             full up to `h2rec.training.losses.FULL_SOFTMAX_MAX_ITEMS` items, sampled beyond.
         num_negatives: per position for ``"bce"`` (default 1); shared by the whole batch for ``"sampled_softmax"``
-            (default 1024).
+            (default 1024); None with ``"full_softmax"``.
         target_smoothing: share of a target's weight in the loss that goes to items of its kind if it is of mean
             popularity; the rarer the more (`h2rec.training.related_items.RelatedItems`); None: 0.3 for ``h2rec``, 0
             for the others.

