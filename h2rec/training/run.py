@@ -215,6 +215,7 @@ def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerato
     for name in config.models:
         folder = run_dir / name
         if (folder / "metrics.json").exists():
+            read_json(folder / "metrics.json")  # a damaged one is told before the others train, not after
             say(f"{name}: finished before")
             continue
         _train_model(name, config, inputs, folder, accelerator)

@@ -557,10 +557,12 @@ def test_of_an_earlier_version_nobody_knows_the_data(half_run):
     assert not (half_run / "data.json").exists()
 
 
-def test_a_damaged_file_is_named(half_run):
-    (half_run / "data.json").write_text("{")
-    with pytest.raises(ValueError, match=r"data\.json is not JSON"):
+@pytest.mark.parametrize("file", ["data.json", "hash/metrics.json"])
+def test_a_damaged_file_is_named_before_anything_is_trained(file, half_run):
+    (half_run / file).write_text("{")
+    with pytest.raises(ValueError, match=rf"{re.escape(file)} is not JSON"):
         train_run(TrainConfig.load(half_run / "config.json"), half_run, resume=True)
+    assert not (half_run / "semantic").exists()
 
 
 def test_a_run_may_move_with_its_files(half_run, make_config, tmp_path):
