@@ -20,12 +20,26 @@ def check_size(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_tensors(**values: object) -> None:
+    """Each is a tensor or None; `torch.library` says otherwise that it found no 'Tensor', and prints the value."""
+    for name, value in values.items():
+        if value is not None:
+            check_tensor(name, value)
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
 def check_integer(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
 

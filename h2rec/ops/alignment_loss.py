@@ -13,6 +13,7 @@ from h2rec.ops._checks import (
     check_option,
     check_range,
     check_same_device,
+    check_tensors,
     checks_values,
 )
 from h2rec.ops._gather import gather_rows
@@ -74,6 +75,7 @@ def alignment_loss(
         )
     if not isinstance(temperature, Tensor):
         temperature = torch.scalar_tensor(temperature, dtype=torch.float64, device="cpu")
+    check_tensors(item_ids=item_ids, codes=codes, pair_index=pair_index, pair_weight=pair_weight)
     for name, emb in (("hash_emb", hash_emb), ("semantic_emb", semantic_emb)):
         check_floating(name, emb)
         check_dim(name, emb, ("B", "D"))

@@ -13,6 +13,7 @@ from h2rec.ops._checks import (
     check_items,
     check_option,
     check_same_device,
+    check_tensors,
 )
 from h2rec.ops._codebooks import pack_codebooks
 from h2rec.ops._registry import define
@@ -64,6 +65,7 @@ def harmonized_embedding(
         ValueError: a shape or an option is wrong, or an id is out of range.
         TypeError: a dtype is wrong.
     """
+    check_tensors(item_ids=item_ids, codes=codes, hash_table=hash_table)
     hashing = Hashing() if hashing is None else hashing
     packed, sizes = (None, []) if codebooks is None else pack_codebooks(codebooks)
     first, hashed = _harmonized_embedding(

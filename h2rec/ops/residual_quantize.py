@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from h2rec.ops import _backends
-from h2rec.ops._checks import check_dim, check_finite_rows, check_floating, check_same_device
+from h2rec.ops._checks import check_dim, check_finite_rows, check_floating, check_same_device, check_tensor
 from h2rec.ops._codebooks import pack_codebooks
 from h2rec.ops._registry import define
 
@@ -34,6 +34,7 @@ def residual_quantize(
         ValueError: a shape or ``beam_size`` is wrong, or rows of ``x`` are not finite.
         TypeError: an input is not floating point.
     """
+    check_tensor("x", x)
     packed, sizes = pack_codebooks(codebooks)
     return _residual_quantize(x, packed, sizes, beam_size)
 
