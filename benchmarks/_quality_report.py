@@ -17,7 +17,6 @@ RANKINGS = ("full", "sampled", "with_history")
 SLICES = ("overall", "head", "tail")
 CHAMPION = "h2rec"
 RESAMPLES = 10_000
-_CHUNK = 2**22  # drawn users at a time
 
 
 def write_report(output: Path) -> Path:
@@ -199,15 +198,10 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float
         ours, theirs: ``[n]``, of the same users.
     """
     rng = np.random.default_rng(0)
-    # Most users gain nothing from either: how many of the others are drawn is binomial, and which ones uniform.
-    others = np.flatnonzero((ours > 0) | (theirs > 0))
-    drawn = rng.binomial(len(ours), len(others) / len(ours), RESAMPLES)
-    sums = []
-    for counts in np.array_split(drawn, max(1, drawn.sum() // _CHUNK)):
-        user = rng.choice(others, counts.sum()) if counts.sum() else others[:0]
-        resample = np.repeat(np.arange(len(counts)), counts)
-        sums.append([np.bincount(resample, gains[user], len(counts)) for gains in (ours, theirs)])
-    resampled = np.concatenate(sums, axis=1)  # [2, RESAMPLES]
+    # A rank gives one of few values: of users who have the same two, it only matters how many are drawn.
+    kinds, sizes = np.unique(np.stack((ours, theirs), axis=1), axis=0, return_counts=True)
+    drawn = rng.multinomial(len(ours), sizes / len(ours), RESAMPLES)  # [RESAMPLES, kinds]
+    resampled = (drawn @ kinds).T  # [2, RESAMPLES]
     differences = resampled[0] - resampled[1]
     low, high = np.quantile(differences / np.maximum(resampled[1], 1e-12), (0.025, 0.975))
     p = 2 * (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + RESAMPLES)
