@@ -17,6 +17,7 @@ RANKINGS = ("full", "sampled", "with_history")
 SLICES = ("overall", "head", "tail")
 CHAMPION = "h2rec"
 RESAMPLES = 10_000
+_CHUNK = 500  # resamples at a time
 
 
 def write_report(output: Path) -> Path:
@@ -198,10 +199,10 @@ def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float
         ours, theirs: ``[n]``, of the same users.
     """
     rng = np.random.default_rng(0)
-    # A rank gives one of few values: of users who have the same two, it only matters how many are drawn.
+    # Ranks give few values: of users who have the same two, it only matters how many are drawn.
     kinds, sizes = np.unique(np.stack((ours, theirs), axis=1), axis=0, return_counts=True)
-    drawn = rng.multinomial(len(ours), sizes / len(ours), RESAMPLES)  # [RESAMPLES, kinds]
-    resampled = (drawn @ kinds).T  # [2, RESAMPLES]
+    drawn = (rng.multinomial(len(ours), sizes / len(ours), _CHUNK) for _ in range(RESAMPLES // _CHUNK))
+    resampled = np.concatenate([counts @ kinds for counts in drawn]).T  # [2, RESAMPLES]
     differences = resampled[0] - resampled[1]
     low, high = np.quantile(differences / np.maximum(resampled[1], 1e-12), (0.025, 0.975))
     p = 2 * (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + RESAMPLES)

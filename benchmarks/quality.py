@@ -63,7 +63,7 @@ ABLATIONS = {
 VARIANTS = {
     **BASELINES,
     "h2rec": Variant("h2rec"),
-    "paper": Variant("h2rec", PRESETS["paper"]),
+    "paper": Variant("h2rec", {**PRESETS["paper"], "num_negatives": 1}),
     **ABLATIONS,
 }
 DEFAULT_VARIANTS = ("hash", "semantic", "sum", "sum-128", "h2rec")

@@ -65,7 +65,7 @@ def alignment_loss(
 
     Raises:
         ValueError: a shape, option, position, weight or temperature is wrong, or an embedding is not finite.
-        TypeError: a dtype is wrong.
+        TypeError: an argument is no tensor, or of a wrong dtype.
     """
     check_option("reduction", reduction, ("mean", "sum", "none"))
     if (codes is None) != (min_shared_codes is None):

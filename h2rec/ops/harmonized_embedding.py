@@ -63,7 +63,7 @@ def harmonized_embedding(
 
     Raises:
         ValueError: a shape or an option is wrong, or an id is out of range.
-        TypeError: a dtype is wrong.
+        TypeError: an argument is no tensor, or of a wrong dtype.
     """
     check_tensors(item_ids=item_ids, codes=codes, hash_table=hash_table)
     hashing = Hashing() if hashing is None else hashing

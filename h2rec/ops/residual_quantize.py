@@ -32,7 +32,7 @@ def residual_quantize(
 
     Raises:
         ValueError: a shape or ``beam_size`` is wrong, or rows of ``x`` are not finite.
-        TypeError: an input is not floating point.
+        TypeError: an input is no tensor, or not floating point.
     """
     check_tensor("x", x)
     packed, sizes = pack_codebooks(codebooks)

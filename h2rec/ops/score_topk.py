@@ -33,7 +33,7 @@ def score_topk(
 
     Raises:
         ValueError: shapes do not fit, or k is not positive.
-        TypeError: a dtype is wrong.
+        TypeError: an argument is no tensor, or of a wrong dtype.
     """
     check_floating("queries", queries)
     check_dim("queries", queries, ("B", "D"))

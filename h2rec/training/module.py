@@ -54,22 +54,13 @@ def check_origin(checkpoint: dict[str, Any], name: str, config: TrainConfig) -> 
 
 
 def train_batches(config: TrainConfig, split: Split, *, rank: int = 0, world_size: int = 1) -> TrainBatches:
-    """The batches of a config, for one of its processes.
-
-    Raises:
-        ValueError: negatives for a loss without; or see `TrainBatches`.
-    """
-    loss = resolve_loss(config.loss, split.num_items)
-    if loss == "full_softmax" and config.num_negatives is not None:
-        raise ValueError(
-            "num_negatives: expected none with the full softmax, which compares with the whole catalog, "
-            f"got {config.num_negatives}; loss 'bce' and 'sampled_softmax' take them"
-        )
+    """The batches of a config, for one of its processes; `TrainBatches` says what is refused."""
+    needs_negatives = resolve_loss(config.loss, split.num_items) == "bce"
     return TrainBatches(
         split,
         batch_size=config.batch_size,
         max_length=config.max_length,
-        num_negatives=(config.num_negatives or 1) if loss == "bce" else 0,
+        num_negatives=(config.num_negatives or 1) if needs_negatives else 0,
         seed=config.seed,
         rank=rank,
         world_size=world_size,

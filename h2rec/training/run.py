@@ -31,6 +31,7 @@ from h2rec.training.config import TrainConfig
 from h2rec.training.evaluation import metrics_of, rank_users, repeated_share
 from h2rec.training.files import read_json, write_json
 from h2rec.training.inputs import Inputs, read_catalog, read_inputs, write_catalog
+from h2rec.training.losses import resolve_loss
 from h2rec.training.module import Recommender, check_origin, train_batches
 from h2rec.training.processes import (
     is_first_process,
@@ -73,8 +74,8 @@ def train_run(
     Raises:
         FileExistsError: the directory holds something and ``resume`` is not set.
         FileNotFoundError: nothing to resume, or a file that the config names is not there.
-        ValueError: the data do not fit (see `h2rec.data`), the run to resume has another config or log, or its
-            checkpoint is damaged. Nothing has been written then.
+        ValueError: the data do not fit (see `h2rec.data`), the loss takes no negatives, the run to resume has another
+            config or log, or a file of it is damaged. Nothing has been written then.
         FloatingPointError: a loss or score is not finite.
         ChildProcessError: one of several processes was killed, or raised what is no built-in exception.
     """
@@ -147,11 +148,18 @@ def _for_launcher(config: TrainConfig, resume: bool) -> TrainConfig:
 def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -> Inputs:
     """Reads and checks all there is to read; then writes what a run begins with."""
     _check_directory(config, run_dir, resume)
+    _finished_models(config, run_dir)  # that a result is damaged is told before the other models train
     inputs = read_inputs(config, run_dir)
     if accelerator == "gpu" and config.devices > 1 and config.has_sparse_tables(inputs.sids.num_items):
         raise ValueError(
             "table_optimizer: expected 'adamw' with several GPUs, as NCCL averages no sparse gradients, "
             f"got {config.table_optimizer!r} for {inputs.sids.num_items:,} items"
+        )
+    loss = resolve_loss(config.loss, inputs.sids.num_items)
+    if loss == "full_softmax" and config.num_negatives is not None and not resume:
+        raise ValueError(
+            "num_negatives: expected none with the full softmax, which compares with the whole catalog, "
+            f"got {config.num_negatives}; loss 'bce' and 'sampled_softmax' take them"
         )
     train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
     _write_inputs(config, inputs, run_dir)
@@ -215,7 +223,6 @@ def _train_models(config: TrainConfig, inputs: Inputs, run_dir: Path, accelerato
     for name in config.models:
         folder = run_dir / name
         if (folder / "metrics.json").exists():
-            read_json(folder / "metrics.json")  # a damaged one is told before the others train, not after
             say(f"{name}: finished before")
             continue
         _train_model(name, config, inputs, folder, accelerator)
@@ -313,12 +320,17 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
     )
 
 
+def _finished_models(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Name -> ``metrics.json``, of the config's models that have one."""
+    paths = {name: run_dir / name / "metrics.json" for name in config.models}
+    return {name: read_json(path) for name, path in paths.items() if path.exists()}
+
+
 def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
-    models = {name: read_json(run_dir / name / "metrics.json") for name in config.models}
     write_json(
         run_dir / "metrics.json",
         {
-            "models": models,
+            "models": _finished_models(config, run_dir),
             "sid_stats": dataclasses.asdict(inputs.sids.stats()),
             "data": {name: value for name, value in inputs.data.items() if not name.endswith("digest")},
             "ranking": {

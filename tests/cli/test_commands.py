@@ -63,7 +63,7 @@ def sids(shop) -> Path:
 
 def train_options(shop: Path) -> list[object]:
     columns = ["--user", "visitor", "--item", "asin", "--order", "at", "--title", "name"]
-    size = ["--dim", 8, "--layers", 1, "--heads", 1, "--epochs", 2, "--negatives", 3, "--accelerator", "cpu"]
+    size = ["--dim", 8, "--layers", 1, "--heads", 1, "--epochs", 2, "--accelerator", "cpu"]
     return ["--interactions", shop / "log.csv", "--items", shop / "items.csv", *columns, *size]
 
 
@@ -186,6 +186,9 @@ def test_train_refuses(shop, sids, trained, tmp_path):
     assert "log.csv" in printed
     printed = call("train", *options, "--order", "when", "--sids", sids, "-o", tmp_path / "r", fails=True)
     assert "when" in printed
+    negatives = ["--negatives", 3, "--ranking-negatives", 20]
+    printed = call("train", *options, *negatives, "--sids", sids, "-o", tmp_path / "r", fails=True)
+    assert "num_negatives: expected none with the full softmax" in printed
     assert "No such option" in call("train", "--dimm", 8, "-o", tmp_path / "r", fails=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -201,6 +201,11 @@ def test_every_loss_trains(loss, name, make_config, tmp_path):
     assert max(row["valid_NDCG@10"] for row in rows) == pytest.approx(best, abs=1e-6)
 
 
+def test_bce_has_one_negative_where_nothing_is_said(make_config):
+    config = make_config(loss="bce")
+    assert next(iter(module.train_batches(config, read_split(config, 60)))).negatives.shape[-1] == 1
+
+
 def test_sampled_softmax_leaves_out_the_users_own_items(make_config, tmp_path, monkeypatch):
     """All that a user trains on, though the model reads the latest two items only."""
     batches, draws, masks = [], [], []
@@ -443,9 +448,14 @@ def test_resume_with_another_config(finished_run, make_config):
 
 
 def test_negatives_that_the_loss_does_not_take(make_config, tmp_path):
+    config = make_config(models=("hash",), num_negatives=20, max_epochs=1)
     with pytest.raises(ValueError, match=r"num_negatives: expected none with the full softmax.* got 20"):
-        train_run(make_config(num_negatives=20), tmp_path / "run")
+        train_run(config, tmp_path / "run")
     assert not files_of(tmp_path)
+    # A run of an earlier version, which ignored them, goes on.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(config.with_absolute_paths().to_json())
+    train_run(config, tmp_path / "run", resume=True)
 
 
 @pytest.fixture
@@ -557,12 +567,14 @@ def test_of_an_earlier_version_nobody_knows_the_data(half_run):
     assert not (half_run / "data.json").exists()
 
 
-@pytest.mark.parametrize("file", ["data.json", "hash/metrics.json"])
+@pytest.mark.parametrize("file", ["data.json", "semantic/metrics.json"])
 def test_a_damaged_file_is_named_before_anything_is_trained(file, half_run):
+    (half_run / file).parent.mkdir(exist_ok=True)
     (half_run / file).write_text("{")
+    before = files_of(half_run)
     with pytest.raises(ValueError, match=rf"{re.escape(file)} is not JSON"):
         train_run(TrainConfig.load(half_run / "config.json"), half_run, resume=True)
-    assert not (half_run / "semantic").exists()
+    assert files_of(half_run) == before
 
 
 def test_a_run_may_move_with_its_files(half_run, make_config, tmp_path):
