@@ -40,7 +40,7 @@ class H2Rec(SequentialModel):
     Source: arXiv 2512.10388. The paper's values, as its authors ran it, where they differ from the defaults:
     ``mixing="attention", share_backbone=True, fusion="mean", alignment_weight=0.1, min_shared_codes=num_levels,
     granularity_weight=0.1, max_length=200`` and co-occurrence pairs in the alignment.
-    The defaults are what ranked best in ``docs/results.md``.
+    The defaults are what ranked best on validation users, see ``docs/results.md``.
 
     Args:
         sids: semantic IDs of the catalog.
