@@ -17,6 +17,7 @@ from h2rec.cli.evaluate import evaluate
 from h2rec.cli.export import export
 from h2rec.cli.plan import plan
 from h2rec.cli.recommend import recommend
+from h2rec.cli.refit import refit
 from h2rec.cli.tokenize import tokenize
 from h2rec.cli.train import train
 
@@ -98,5 +99,5 @@ def config() -> None:
     h2rec.show_config()
 
 
-for command in (tokenize, train, evaluate, recommend, export, plan, demo):
+for command in (tokenize, train, evaluate, refit, recommend, export, plan, demo):
     app.command()(command)

@@ -68,6 +68,8 @@ def evaluate(
     if output is not None:
         check_writable(output, force)
     config = TrainConfig.of_run(run)
+    if not config.hold_out:
+        raise ValueError(f"{run}: nothing was held out of this run's training, so there is nothing to rank")
     if eval_users is not None:
         config = dataclasses.replace(config, eval_users=eval_users)
     ranking = {

@@ -285,9 +285,13 @@ def train(
     from h2rec.training.report import read_run
 
     train_run(config, run, resume=resume)
-    if is_first_process():
+    if not is_first_process():
+        return
+    if config.hold_out:
         print_results(read_run(run))
         say_where("The report is", run / "report.html")
+    else:
+        say_where("The model, trained on everything, is in", run)
 
 
 def _config(given: dict[str, Any], preset: str | None, run: Path, resume: bool) -> TrainConfig:

@@ -14,7 +14,7 @@ from h2rec.data.interactions import InteractionLog, read_interactions
 from h2rec.data.items import ItemCatalog, read_items
 from h2rec.data.negatives import sample_negatives
 from h2rec.data.popularity import POPULARITY_BANDS, popularity_band, popularity_head
-from h2rec.data.split import Split, leave_one_out
+from h2rec.data.split import Split, leave_one_out, nothing_held_out
 from h2rec.data.text import embed_texts
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "co_occurrence",
     "embed_texts",
     "leave_one_out",
+    "nothing_held_out",
     "popularity_band",
     "popularity_head",
     "read_interactions",

@@ -88,6 +88,19 @@ def leave_one_out(log: InteractionLog) -> Split:
     )
 
 
+def nothing_held_out(log: InteractionLog) -> Split:
+    """All interactions are for training, as for a model that is served."""
+    no_targets = np.full(log.num_users, -1, dtype=np.int64)
+    return Split(
+        log=log,
+        train_offsets=log.offsets,
+        train_items=log.items,
+        valid_targets=no_targets,
+        test_targets=no_targets,
+        short_users=int((np.diff(log.offsets) <= _HELD_OUT).sum()),
+    )
+
+
 def runs(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``flat[start : start + length]`` of each run, laid end to end: the run's number, and the value, ``[n]``."""
     numbers = np.repeat(np.arange(len(starts)), lengths)

@@ -14,6 +14,7 @@ from h2rec.training.config import TrainConfig
 if TYPE_CHECKING:
     from h2rec.training.evaluation import Ranks, evaluate_model, rank_users
     from h2rec.training.inputs import read_split
+    from h2rec.training.refit import refit_run
     from h2rec.training.run import load_model, train_run
 
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "load_model": "run",
     "rank_users": "evaluation",
     "read_split": "inputs",
+    "refit_run": "refit",
     "train_run": "run",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "load_model",
     "rank_users",
     "read_split",
+    "refit_run",
     "train_run",
 ]
 

@@ -70,7 +70,7 @@ class EpochRecord(Checkpoint):
     moved, and its CSV logger starts a new file.)
 
     Stops training once ``patience`` epochs have not been better than the best; a run that goes on after that stops at
-    once.
+    once. Without validation the last epoch is the best.
 
     Args:
         folder: of the model.
@@ -82,7 +82,7 @@ class EpochRecord(Checkpoint):
         self.patience = patience
         self.rows: list[dict[str, float]] = []
         self.best_epoch = -1
-        self.best_score = -1.0
+        self.best_score: float | None = -1.0
         self.seconds = 0.0
         self._started = 0.0
 
@@ -104,9 +104,10 @@ class EpochRecord(Checkpoint):
             if name.startswith(("train_", "valid_"))
         }
         self.rows.append({"epoch": trainer.current_epoch, **metrics})
-        is_best = metrics[MONITOR] > self.best_score
+        score = metrics.get(MONITOR)
+        is_best = score is None or score > self.best_score
         if is_best:
-            self.best_epoch, self.best_score = trainer.current_epoch, metrics[MONITOR]
+            self.best_epoch, self.best_score = trainer.current_epoch, score
         if trainer.is_global_zero:
             self._write_table()
         if is_best:
@@ -115,7 +116,8 @@ class EpochRecord(Checkpoint):
         trainer.should_stop = trainer.should_stop or self._is_over
 
     def _write_table(self) -> None:
-        columns = [*_COLUMNS, *sorted(self.rows[0].keys() - set(_COLUMNS))]
+        names = self.rows[0].keys()
+        columns = [*(name for name in _COLUMNS if name in names), *sorted(names - set(_COLUMNS))]
         with replacing(self.folder / "metrics.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

@@ -89,6 +89,8 @@ class TrainConfig:
         steps_per_epoch: an epoch is at most so many batches, others each time; None: all users once.
         patience: epochs without a better validation NDCG@10 before a model stops.
         seed: of the starting weights, dropout, batch order and negatives.
+        hold_out: keep the last two items of each user out of training, for validation and test; False: train on all
+            for ``max_epochs`` epochs, and rank nobody, as `h2rec.training.refit_run` does.
         eval_users: validation and test rank a sample of so many users, drawn once by the seed; None: all, but 10,000
             where there are `LARGE_CATALOG` items or more.
         ranking_negatives: sampled negatives per user in evaluation.
@@ -138,6 +140,7 @@ class TrainConfig:
     patience: int = 10
     seed: int = 0
 
+    hold_out: bool = True
     eval_users: int | None = None
     ranking_negatives: int = 100
     mask_history: bool = True
@@ -194,7 +197,7 @@ class TrainConfig:
                 "granularity_weight: expected 0.0 with mixing 'sum', which has no gate that could weigh the levels, "
                 f"got {self.granularity_weight}"
             )
-        for name in ("share_backbone", "co_occurrence", "mask_history"):
+        for name in ("share_backbone", "co_occurrence", "hold_out", "mask_history"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
 

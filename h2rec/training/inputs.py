@@ -17,6 +17,7 @@ from h2rec.data import (
     Split,
     co_occurrence,
     leave_one_out,
+    nothing_held_out,
     read_interactions,
     read_items,
     sample_negatives,
@@ -40,7 +41,7 @@ class Inputs(NamedTuple):
     )  # [num_items, D0], in the file's dtype; an .npy is mapped, copied where it is written
     co_occurrence: CoOccurrence | None  # of the training part
     eval_users: np.ndarray | None  # those who are ranked; None: all
-    negatives: dict[str, np.ndarray]  # of each stage, [num_users or len(eval_users), n]
+    negatives: dict[str, np.ndarray]  # of each stage that is ranked, [num_users or len(eval_users), n]
     data: dict[str, Any]  # how large the log is, and digests, as data.json keeps them
 
     @property
@@ -75,16 +76,20 @@ def read_split(config: TrainConfig, num_items: int, catalog: ItemCatalog | None 
         catalog=catalog,
         num_items=num_items,
     )
-    return leave_one_out(log)
+    return leave_one_out(log) if config.hold_out else nothing_held_out(log)
 
 
-def read_inputs(config: TrainConfig, run_dir: Path) -> Inputs:
+def read_inputs(config: TrainConfig, run_dir: Path, *, items_of: Path | None = None) -> Inputs:
     """Reads all that the config names; the semantic IDs and the catalog from the run, once it has them.
+
+    Args:
+        items_of: a run that has them, where ``run_dir`` is new.
 
     Raises:
         ValueError, FileNotFoundError: see `h2rec.data`; the data do not fit, or are not those that the run began with.
     """
-    sids_path, catalog_path = (run_dir / name for name in ("sids.safetensors", "items.parquet"))
+    items_of = run_dir if items_of is None else items_of
+    sids_path, catalog_path = (items_of / name for name in ("sids.safetensors", "items.parquet"))
     sids_path = sids_path if sids_path.exists() else Path(config.sids)
     sids = SemanticIds.load(sids_path)
     if config.min_shared_codes is not None and config.min_shared_codes > sids.num_levels:
@@ -98,16 +103,15 @@ def read_inputs(config: TrainConfig, run_dir: Path) -> Inputs:
             f"interactions: expected those that the run began with, {change} ({config.interactions})"
         )
     data = _describe_log(split)
-    for stage in ("valid", "test"):
-        if not (split.targets(stage) >= 0).any():
-            raise ValueError(
-                f"interactions: expected at least one user with three or more, got none in {config.interactions}"
-            )
+    if config.hold_out and not (split.test_targets >= 0).any():
+        raise ValueError(
+            f"interactions: expected at least one user with three or more, got none in {config.interactions}"
+        )
     content = None
     if config.embeddings is not None:
         content = _read_content(config.embeddings, sids.num_items)
         data["vectors_digest"] = digest([content])
-        if _kept_data(run_dir).get("vectors_digest", data["vectors_digest"]) != data["vectors_digest"]:
+        if _kept_data(items_of).get("vectors_digest", data["vectors_digest"]) != data["vectors_digest"]:
             raise ValueError(
                 f"embeddings: expected the vectors that the run began with, got others ({config.embeddings})"
             )
@@ -164,7 +168,7 @@ def _ranking_negatives(config: TrainConfig, split: Split, users: np.ndarray | No
     try:
         return {
             stage: sample_negatives(split, stage, config.ranking_negatives, config.seed, users=users)
-            for stage in ("valid", "test")
+            for stage in (("test", "valid") if config.hold_out else ())
         }
     except ValueError as error:
         # By the name that the setting has here.

@@ -27,11 +27,10 @@ class EpochLines(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        print(
-            f"{pl_module.name}: epoch {trainer.current_epoch}, loss {metrics['train_loss']:.4f}, "
-            f"valid NDCG@10 {metrics[MONITOR]:.4f}, HR@10 {metrics['valid_HR@10']:.4f}",
-            flush=True,
-        )
+        line = f"{pl_module.name}: epoch {trainer.current_epoch}, loss {metrics['train_loss']:.4f}"
+        if MONITOR in metrics:
+            line += f", valid NDCG@10 {metrics[MONITOR]:.4f}, HR@10 {metrics['valid_HR@10']:.4f}"
+        print(line, flush=True)
 
 
 def progress_callback() -> Callback:

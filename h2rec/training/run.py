@@ -50,13 +50,18 @@ _ASKED_USERS = 10_000
 
 
 def train_run(
-    config: TrainConfig, run_dir: str | os.PathLike[str], *, resume: bool = False
+    config: TrainConfig,
+    run_dir: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    items_of: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Trains and evaluates the models of a config, one after the other, and writes the report.
 
     The directory holds ``config.json``, ``items.parquet``, ``sids.safetensors``, ``data.json``, a folder for each model
     (``checkpoints/best.ckpt`` and ``last.ckpt``, ``metrics.csv`` by epoch, TensorBoard events, ``metrics.json``, and
-    ``ranks.npz`` with every user's rank in the test), ``metrics.json`` and ``report.html``.
+    ``ranks.npz`` with every user's rank in the test), ``metrics.json`` and ``report.html``. If nothing is held out,
+    there are neither ranks nor a report, and ``best.ckpt`` is of the last epoch.
 
     With ``config.devices`` above 1, as many processes are started; a script that calls this needs the guard
     ``if __name__ == "__main__"`` then. Where ``torchrun`` has started processes, all of them call this, and these are
@@ -67,6 +72,8 @@ def train_run(
         run_dir: a directory that does not exist, or is empty.
         resume: go on with the run in ``run_dir``, from the end of the last whole epoch. On a CPU the metrics are those
             of a run that was never interrupted. The number of processes may be another (`TrainConfig.on_devices`).
+        items_of: another run, whose items, in their order, and semantic IDs are taken, whatever has become of the files
+            that the config names.
 
     Returns:
         the content of ``metrics.json``.
@@ -81,19 +88,24 @@ def train_run(
     """
     config, run_dir = _for_launcher(config.with_absolute_paths(), resume), Path(run_dir)
     accelerator = _accelerator(config)
+    items_of = None if items_of is None else Path(items_of)
+
+    def start() -> Inputs:
+        return _start(config, run_dir, resume, accelerator, items_of)
+
     if launched_world_size() is not None:
         with launched_group(accelerator):
-            inputs = _start(config, run_dir, resume, accelerator) if is_first_process() else None
+            inputs = start() if is_first_process() else None
             torch.distributed.barrier()
             inputs = inputs or read_inputs(config, run_dir)
             _train_models(config, inputs, run_dir, accelerator)
             torch.distributed.barrier()
     elif config.devices == 1:
-        _train_models(config, _start(config, run_dir, resume, accelerator), run_dir, accelerator)
+        _train_models(config, start(), run_dir, accelerator)
     else:
-        _start(config, run_dir, resume, accelerator)
+        start()
         train_in_processes(_train_in_process, (config, run_dir, accelerator), config.devices, accelerator)
-    if is_first_process():
+    if is_first_process() and config.hold_out:
         write_report(run_dir)
     return read_json(run_dir / "metrics.json")
 
@@ -145,11 +157,13 @@ def _for_launcher(config: TrainConfig, resume: bool) -> TrainConfig:
     return dataclasses.replace(config, devices=num_processes)
 
 
-def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -> Inputs:
+def _start(
+    config: TrainConfig, run_dir: Path, resume: bool, accelerator: str, items_of: Path | None
+) -> Inputs:
     """Reads and checks all there is to read; then writes what a run begins with."""
     _check_directory(config, run_dir, resume)
     _finished_models(config, run_dir)  # that a result is damaged is told before the other models train
-    inputs = read_inputs(config, run_dir)
+    inputs = read_inputs(config, run_dir, items_of=items_of)
     if accelerator == "gpu" and config.devices > 1 and config.has_sparse_tables(inputs.sids.num_items):
         raise ValueError(
             "table_optimizer: expected 'adamw' with several GPUs, as NCCL averages no sparse gradients, "
@@ -163,6 +177,12 @@ def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -
         )
     train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
     _write_inputs(config, inputs, run_dir)
+    if config.hold_out:
+        _say_what_is_ranked(config, inputs)
+    return inputs
+
+
+def _say_what_is_ranked(config: TrainConfig, inputs: Inputs) -> None:
     if inputs.split.short_users:
         say(f"{inputs.split.short_users} users have fewer than three interactions and are not tested")
     repeated = repeated_share(inputs.split, "test", inputs.split.sample_users(_ASKED_USERS, config.seed))
@@ -173,7 +193,6 @@ def _start(config: TrainConfig, run_dir: Path, resume: bool, accelerator: str) -
         )
     if inputs.eval_users is not None:
         say(f"Validation and test rank a sample of {len(inputs.eval_users):,} users")
-    return inputs
 
 
 def _accelerator(config: TrainConfig) -> str:
@@ -270,6 +289,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
             strategy="auto" if config.devices == 1 else "ddp",
             max_epochs=config.max_epochs,
             limit_train_batches=config.steps_per_epoch,
+            limit_val_batches=None if config.hold_out else 0,
             logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
             callbacks=[record, progress],
             enable_progress_bar=isinstance(progress, ProgressBar),
@@ -288,21 +308,22 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
             model,
             inputs.split,
             stage,
-            negatives=inputs.negatives[stage],
+            negatives=negatives,
             mask_history=config.mask_history,
             users=inputs.eval_users,
             progress=sweep_progress(name, model.num_items),
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        for stage in ("test", "valid")
+        for stage, negatives in inputs.negatives.items()
     }
     if not is_first_process():
         return
     train_counts = inputs.split.train_counts()
     metrics = {stage: metrics_of(ranks[stage], train_counts) for stage in ranks}
-    with replacing(folder / "ranks.npz") as temporary:
-        np.savez_compressed(temporary, **ranks["test"]._asdict())
+    if "test" in ranks:
+        with replacing(folder / "ranks.npz") as temporary:
+            np.savez_compressed(temporary, **ranks["test"]._asdict())
     write_json(
         folder / "metrics.json",
         {
@@ -314,10 +335,11 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
             "parameters": parameters,
         },
     )
-    test = metrics["test"]["full"]["overall"]
-    say(
-        f"{name}: best epoch {record.best_epoch}, test NDCG@10 {test['NDCG@10']:.4f}, HR@10 {test['HR@10']:.4f}"
-    )
+    if "test" in metrics:
+        test = metrics["test"]["full"]["overall"]
+        say(
+            f"{name}: best epoch {record.best_epoch}, test NDCG@10 {test['NDCG@10']:.4f}, HR@10 {test['HR@10']:.4f}"
+        )
 
 
 def _finished_models(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
@@ -327,18 +349,19 @@ def _finished_models(config: TrainConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _write_metrics(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
+    ranking = {
+        "history_masked": config.mask_history,
+        "negatives": config.ranking_negatives,
+        "seed": config.seed,
+        "users": None if inputs.eval_users is None else len(inputs.eval_users),
+    }
     write_json(
         run_dir / "metrics.json",
         {
             "models": _finished_models(config, run_dir),
             "sid_stats": dataclasses.asdict(inputs.sids.stats()),
             "data": {name: value for name, value in inputs.data.items() if not name.endswith("digest")},
-            "ranking": {
-                "history_masked": config.mask_history,
-                "negatives": config.ranking_negatives,
-                "seed": config.seed,
-                "users": None if inputs.eval_users is None else len(inputs.eval_users),
-            },
+            "ranking": ranking if config.hold_out else None,
         },
     )
 

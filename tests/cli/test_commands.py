@@ -79,7 +79,17 @@ def trained(shop, sids) -> tuple[Path, str]:
 
 def test_every_command_explains_itself_with_an_example():
     overview = call("--help")
-    for command in ("tokenize", "train", "evaluate", "recommend", "export", "plan", "config", "demo"):
+    for command in (
+        "tokenize",
+        "train",
+        "evaluate",
+        "refit",
+        "recommend",
+        "export",
+        "plan",
+        "config",
+        "demo",
+    ):
         assert f" {command} " in overview
         text = call(command, "--help")
         assert "Example:" in text
@@ -87,7 +97,7 @@ def test_every_command_explains_itself_with_an_example():
 
 
 @pytest.mark.parametrize(
-    "command", ["tokenize", "train", "evaluate", "recommend", "export", "plan", "config", "demo"]
+    "command", ["tokenize", "train", "evaluate", "refit", "recommend", "export", "plan", "config", "demo"]
 )
 def test_examples_can_be_copied_from_a_narrow_terminal(command):
     printed = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
@@ -222,6 +232,21 @@ def test_evaluate_by_other_rules(trained, tmp_path):
     assert again["ranking"] == {"history_masked": False, "negatives": 5, "seed": 0, "users": None}
     assert "--force overwrites it" in call("evaluate", run, "-o", output, fails=True)
     assert "expected one of the run's models" in call("evaluate", run, "--models", "sum", fails=True)
+
+
+def test_refit(trained, tmp_path):
+    run, _ = trained
+    served = tmp_path / "served"
+    assert f"The model, trained on everything, is in {served}" in call(
+        "refit", run, served, "--model", "hash"
+    )
+    assert "Next, says hash" in call("recommend", served, "--user", "v3")
+    assert f"is in {served}" in call("train", "--resume", "-o", served)
+    assert "nothing was held out" in call("evaluate", served, fails=True)
+    assert "expected one of the run's models" in call(
+        "refit", run, tmp_path / "b", "--model", "sum", fails=True
+    )
+    assert "exists already; resume it" in call("refit", run, served, fails=True)
 
 
 def test_recommend(trained):

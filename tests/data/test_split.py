@@ -3,6 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from h2rec import data
+
 SEQUENCES = st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=8)
 
 
@@ -35,6 +37,15 @@ def test_held_out_items_do_not_reach_counts(make_split, sequences):
     changed = [s[:-2] + [9 - item for item in s[-2:]] if len(s) >= 3 else s for s in sequences]
     counts = [make_split(s, 10).train_counts().tolist() for s in (sequences, changed)]
     assert counts[0] == counts[1]
+
+
+def test_nothing_held_out(make_split):
+    log = make_split([[4, 2, 0, 3], [1], []], 6).log
+    split = data.nothing_held_out(log)
+    assert split.train_items.tolist() == [4, 2, 0, 3, 1]
+    assert split.train_offsets.tolist() == [0, 4, 5, 5]
+    assert split.valid_targets.tolist() == split.test_targets.tolist() == [-1, -1, -1]
+    assert split.short_users == 2
 
 
 def test_unknown_stage(make_split):

@@ -51,6 +51,7 @@ CHANGED = {
     "steps_per_epoch": 100,
     "patience": 3,
     "seed": 9,
+    "hold_out": False,
     "eval_users": 1000,
     "ranking_negatives": 50,
     "mask_history": False,

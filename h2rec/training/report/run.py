@@ -66,6 +66,10 @@ def read_run(run_dir: Path) -> ReportedRun:
     metrics = read_json(metrics_path)
     if not isinstance(metrics.get("models"), dict) or not metrics["models"]:
         raise ValueError(f'{metrics_path} has no "models"')
+    if metrics.get("ranking") is None:
+        raise ValueError(
+            f"{run_dir}: nothing was held out of this run's training, so there is nothing to report"
+        )
     curves = {model: _read_curves(run_dir / model / "metrics.csv") for model in metrics["models"]}
     return ReportedRun(run_dir.resolve().name, metrics, read_json(run_dir / "config.json"), curves)
 
