@@ -19,6 +19,10 @@ def refit(
         str | None,
         typer.Option(metavar="NAME", show_default="h2rec, or the run's last", help="Which model."),
     ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(show_default="as in the run", help="Processes that share the run's steps."),
+    ] = None,
 ) -> None:
     """Train a model of a run again for serving: on all interactions, for as many epochs as were best in the run.
 
@@ -34,6 +38,6 @@ def refit(
     from h2rec.training import refit_run
     from h2rec.training.processes import is_first_process
 
-    refit_run(run, output, model)
+    refit_run(run, output, model, devices=devices)
     if is_first_process():
         say_where("The model, trained on everything, is in", output)

@@ -70,25 +70,29 @@ class EpochRecord(Checkpoint):
     moved, and its CSV logger starts a new file.)
 
     Stops training once ``patience`` epochs have not been better than the best; a run that goes on after that stops at
-    once. Without validation the last epoch is the best.
+    once.
 
     Args:
         folder: of the model.
-        patience: see `h2rec.training.TrainConfig`.
+        patience: see `h2rec.training.TrainConfig`; None: there is no validation, and the last epoch is the best.
     """
 
-    def __init__(self, folder: Path, patience: int) -> None:
+    def __init__(self, folder: Path, patience: int | None) -> None:
         self.folder = folder
         self.patience = patience
         self.rows: list[dict[str, float]] = []
         self.best_epoch = -1
-        self.best_score: float | None = -1.0
+        self.best_score = -1.0
         self.seconds = 0.0
         self._started = 0.0
 
     @property
     def _is_over(self) -> bool:
-        return bool(self.rows) and len(self.rows) - 1 - self.best_epoch >= self.patience
+        return (
+            self.patience is not None
+            and bool(self.rows)
+            and len(self.rows) - 1 - self.best_epoch >= self.patience
+        )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         trainer.should_stop = trainer.should_stop or self._is_over
@@ -104,8 +108,11 @@ class EpochRecord(Checkpoint):
             if name.startswith(("train_", "valid_"))
         }
         self.rows.append({"epoch": trainer.current_epoch, **metrics})
-        score = metrics.get(MONITOR)
-        is_best = score is None or score > self.best_score
+        if self.patience is None:
+            score, is_best = self.best_score, trainer.current_epoch + 1 == trainer.max_epochs
+        else:
+            score = metrics[MONITOR]
+            is_best = score > self.best_score
         if is_best:
             self.best_epoch, self.best_score = trainer.current_epoch, score
         if trainer.is_global_zero:

@@ -79,26 +79,27 @@ def read_split(config: TrainConfig, num_items: int, catalog: ItemCatalog | None 
     return leave_one_out(log) if config.hold_out else nothing_held_out(log)
 
 
-def read_inputs(config: TrainConfig, run_dir: Path, *, items_of: Path | None = None) -> Inputs:
-    """Reads all that the config names; the semantic IDs and the catalog from the run, once it has them.
+def read_inputs(config: TrainConfig, run_dir: Path | None, *, same_log: bool = True) -> Inputs:
+    """Reads all that the config names; but the semantic IDs and the catalog from a run that has begun.
 
     Args:
-        items_of: a run that has them, where ``run_dir`` is new.
+        run_dir: that run; None: there is none yet.
+        same_log: whether the log has to be the one that the run began with.
 
     Raises:
         ValueError, FileNotFoundError: see `h2rec.data`; the data do not fit, or are not those that the run began with.
     """
-    items_of = run_dir if items_of is None else items_of
-    sids_path, catalog_path = (items_of / name for name in ("sids.safetensors", "items.parquet"))
-    sids_path = sids_path if sids_path.exists() else Path(config.sids)
+    sids_path = Path(config.sids) if run_dir is None else run_dir / "sids.safetensors"
     sids = SemanticIds.load(sids_path)
     if config.min_shared_codes is not None and config.min_shared_codes > sids.num_levels:
         raise ValueError(
             f"min_shared_codes: expected at most {sids.num_levels}, the levels of {sids_path}, "
             f"got {config.min_shared_codes}"
         )
-    split = read_split(config, sids.num_items, read_catalog(catalog_path) if catalog_path.exists() else None)
-    if change := log_change(split, run_dir):
+    catalog = None if run_dir is None else read_catalog(run_dir / "items.parquet")
+    split = read_split(config, sids.num_items, catalog)
+    began = {} if run_dir is None else _kept_data(run_dir)
+    if same_log and (change := _difference(began, split)):
         raise ValueError(
             f"interactions: expected those that the run began with, {change} ({config.interactions})"
         )
@@ -111,7 +112,7 @@ def read_inputs(config: TrainConfig, run_dir: Path, *, items_of: Path | None = N
     if config.embeddings is not None:
         content = _read_content(config.embeddings, sids.num_items)
         data["vectors_digest"] = digest([content])
-        if _kept_data(items_of).get("vectors_digest", data["vectors_digest"]) != data["vectors_digest"]:
+        if began.get("vectors_digest", data["vectors_digest"]) != data["vectors_digest"]:
             raise ValueError(
                 f"embeddings: expected the vectors that the run began with, got others ({config.embeddings})"
             )
@@ -134,7 +135,11 @@ def _describe_log(split: Split) -> dict[str, Any]:
 
 def log_change(split: Split, run_dir: Path) -> str | None:
     """What a log is instead of the one that a run began with; None: nothing else, or nothing is known of it."""
-    began, now = _kept_data(run_dir), _describe_log(split)
+    return _difference(_kept_data(run_dir), split)
+
+
+def _difference(began: dict[str, Any], split: Split) -> str | None:
+    now = _describe_log(split)
     if not began or began["log_digest"] == now["log_digest"]:
         return None
     sizes = (f"{d['interactions']:,} interactions of {d['users']:,} users" for d in (began, now))

@@ -68,7 +68,7 @@ def train_batches(config: TrainConfig, split: Split, *, rank: int = 0, world_siz
 
 
 class Recommender(lightning.LightningModule):
-    """Trains a model on `h2rec.data.TrainBatches` and validates it by the full ranking after each epoch.
+    """Trains a model on `h2rec.data.TrainBatches`; after each epoch the trainer may validate it, by the full ranking.
 
     An epoch starts its random generators from (seed, epoch, rank), so that a run which goes on from the end of an epoch
     repeats the undisturbed one.

@@ -72,8 +72,8 @@ def train_run(
         run_dir: a directory that does not exist, or is empty.
         resume: go on with the run in ``run_dir``, from the end of the last whole epoch. On a CPU the metrics are those
             of a run that was never interrupted. The number of processes may be another (`TrainConfig.on_devices`).
-        items_of: another run, whose items, in their order, and semantic IDs are taken, whatever has become of the files
-            that the config names.
+        items_of: another run, whose items, in their order, and semantic IDs a new one takes, whatever has become of the
+            files that the config names. Its vectors have to be the same, its log may be another.
 
     Returns:
         the content of ``metrics.json``.
@@ -82,28 +82,27 @@ def train_run(
         FileExistsError: the directory holds something and ``resume`` is not set.
         FileNotFoundError: nothing to resume, or a file that the config names is not there.
         ValueError: the data do not fit (see `h2rec.data`), the loss takes no negatives, the run to resume has another
-            config or log, or a file of it is damaged. Nothing has been written then.
+            config or log, or a file of it is damaged; ``resume`` and ``items_of`` both. Nothing has been written then.
         FloatingPointError: a loss or score is not finite.
         ChildProcessError: one of several processes was killed, or raised what is no built-in exception.
     """
-    config, run_dir = _for_launcher(config.with_absolute_paths(), resume), Path(run_dir)
+    if resume and items_of is not None:
+        raise ValueError("items_of: expected None for a run that is resumed, which has items of its own")
+    run_dir, items_of = Path(run_dir), None if items_of is None else Path(items_of)
+    config = _for_launcher(config.with_absolute_paths(), is_of_a_run=resume or items_of is not None)
     accelerator = _accelerator(config)
-    items_of = None if items_of is None else Path(items_of)
-
-    def start() -> Inputs:
-        return _start(config, run_dir, resume, accelerator, items_of)
-
     if launched_world_size() is not None:
         with launched_group(accelerator):
-            inputs = start() if is_first_process() else None
+            inputs = _start(config, run_dir, resume, items_of, accelerator) if is_first_process() else None
             torch.distributed.barrier()
             inputs = inputs or read_inputs(config, run_dir)
             _train_models(config, inputs, run_dir, accelerator)
             torch.distributed.barrier()
     elif config.devices == 1:
-        _train_models(config, start(), run_dir, accelerator)
+        inputs = _start(config, run_dir, resume, items_of, accelerator)
+        _train_models(config, inputs, run_dir, accelerator)
     else:
-        start()
+        _start(config, run_dir, resume, items_of, accelerator)
         train_in_processes(_train_in_process, (config, run_dir, accelerator), config.devices, accelerator)
     if is_first_process() and config.hold_out:
         write_report(run_dir)
@@ -143,12 +142,12 @@ def check_trained(run_dir: Path, names: Sequence[str]) -> None:
             raise FileNotFoundError(f"{run_dir / name}: model {name!r} of this run has no checkpoint yet")
 
 
-def _for_launcher(config: TrainConfig, resume: bool) -> TrainConfig:
-    """With the number of processes that a launcher has started, if one has."""
+def _for_launcher(config: TrainConfig, *, is_of_a_run: bool) -> TrainConfig:
+    """With the number of processes that a launcher has started, if one has; as many users per step as a run had."""
     num_processes = launched_world_size()
     if num_processes in (None, config.devices):
         return config
-    if resume:
+    if is_of_a_run:
         return config.on_devices(num_processes)
     if config.devices != 1:
         raise ValueError(
@@ -158,25 +157,27 @@ def _for_launcher(config: TrainConfig, resume: bool) -> TrainConfig:
 
 
 def _start(
-    config: TrainConfig, run_dir: Path, resume: bool, accelerator: str, items_of: Path | None
+    config: TrainConfig, run_dir: Path, resume: bool, items_of: Path | None, accelerator: str
 ) -> Inputs:
     """Reads and checks all there is to read; then writes what a run begins with."""
     _check_directory(config, run_dir, resume)
     _finished_models(config, run_dir)  # that a result is damaged is told before the other models train
-    inputs = read_inputs(config, run_dir, items_of=items_of)
+    begun = run_dir if resume else items_of
+    inputs = read_inputs(config, begun, same_log=resume)
     if accelerator == "gpu" and config.devices > 1 and config.has_sparse_tables(inputs.sids.num_items):
         raise ValueError(
             "table_optimizer: expected 'adamw' with several GPUs, as NCCL averages no sparse gradients, "
             f"got {config.table_optimizer!r} for {inputs.sids.num_items:,} items"
         )
     loss = resolve_loss(config.loss, inputs.sids.num_items)
-    if loss == "full_softmax" and config.num_negatives is not None and not resume:
+    if loss == "full_softmax" and config.num_negatives is not None and begun is None:
         raise ValueError(
             "num_negatives: expected none with the full softmax, which compares with the whole catalog, "
             f"got {config.num_negatives}; loss 'bce' and 'sampled_softmax' take them"
         )
     train_batches(config, inputs.split, world_size=config.devices)  # refuses before anything is written
-    _write_inputs(config, inputs, run_dir)
+    if not resume:
+        _write_inputs(config, inputs, run_dir)
     if config.hold_out:
         _say_what_is_ranked(config, inputs)
     return inputs
@@ -214,24 +215,20 @@ def _check_directory(config: TrainConfig, run_dir: Path, resume: bool) -> None:
         if config.difference(saved):
             raise ValueError(f"{run_dir}: the run has another config: {config.describe_difference(saved)}")
         return
-    # A run that was killed before it had a config has done nothing yet.
-    nothing = {partial(run_dir / "config.json")}
+    # A run that was killed before it had a config, which comes last, has done nothing yet.
+    files = {run_dir / name for name in ("sids.safetensors", "items.parquet", "data.json")}
+    nothing = {*files, *map(partial, files), partial(run_dir / "config.json")}
     if run_dir.exists() and not (run_dir.is_dir() and nothing.issuperset(run_dir.iterdir())):
         raise FileExistsError(f"{run_dir}: exists already; resume it, or name another directory")
 
 
 def _write_inputs(config: TrainConfig, inputs: Inputs, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "config.json").exists():
-        with replacing(run_dir / "config.json") as temporary:
-            temporary.write_text(config.to_json(), encoding="utf-8")
-    if not (run_dir / "sids.safetensors").exists():
-        inputs.sids.save(run_dir / "sids.safetensors")
-    if not (run_dir / "items.parquet").exists():
-        write_catalog(inputs.catalog, run_dir / "items.parquet")
-    # Of a run without it that has begun nobody knows on what.
-    if not any((run_dir / name).exists() for name in ("data.json", *config.models)):
-        write_json(run_dir / "data.json", inputs.data)
+    inputs.sids.save(run_dir / "sids.safetensors")
+    write_catalog(inputs.catalog, run_dir / "items.parquet")
+    write_json(run_dir / "data.json", inputs.data)
+    with replacing(run_dir / "config.json") as temporary:
+        temporary.write_text(config.to_json(), encoding="utf-8")
 
 
 def _train_in_process(config: TrainConfig, run_dir: Path, accelerator: str) -> None:
@@ -276,7 +273,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
         co_occurrence=inputs.co_occurrence,
         eval_users=inputs.eval_users,
     )
-    record = EpochRecord(folder, config.patience)
+    record = EpochRecord(folder, config.patience if config.hold_out else None)
     say(f"{name}: {parameters:,} parameters, {module.loss_name} loss")
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", config.devices))
@@ -301,27 +298,29 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
         last = last_checkpoint(folder)
         trainer.fit(module, ckpt_path=last if last.exists() else None)
 
-    _load_best_weights(model, name, config, folder)
-    model.to(trainer.strategy.root_device)
-    ranks = {
-        stage: rank_users(
-            model,
-            inputs.split,
-            stage,
-            negatives=negatives,
-            mask_history=config.mask_history,
-            users=inputs.eval_users,
-            progress=sweep_progress(name, model.num_items),
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
-        for stage, negatives in inputs.negatives.items()
-    }
+    metrics = {}
+    if config.hold_out:
+        _load_best_weights(model, name, config, folder)
+        model.to(trainer.strategy.root_device)
+        ranks = {
+            stage: rank_users(
+                model,
+                inputs.split,
+                stage,
+                negatives=negatives,
+                mask_history=config.mask_history,
+                users=inputs.eval_users,
+                progress=sweep_progress(name, model.num_items),
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+            for stage, negatives in inputs.negatives.items()
+        }
+        train_counts = inputs.split.train_counts()
+        metrics = {stage: metrics_of(ranks[stage], train_counts) for stage in ranks}
     if not is_first_process():
         return
-    train_counts = inputs.split.train_counts()
-    metrics = {stage: metrics_of(ranks[stage], train_counts) for stage in ranks}
-    if "test" in ranks:
+    if config.hold_out:
         with replacing(folder / "ranks.npz") as temporary:
             np.savez_compressed(temporary, **ranks["test"]._asdict())
     write_json(
@@ -335,7 +334,7 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
             "parameters": parameters,
         },
     )
-    if "test" in metrics:
+    if config.hold_out:
         test = metrics["test"]["full"]["overall"]
         say(
             f"{name}: best epoch {record.best_epoch}, test NDCG@10 {test['NDCG@10']:.4f}, HR@10 {test['HR@10']:.4f}"

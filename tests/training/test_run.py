@@ -361,8 +361,8 @@ def test_a_run_goes_on_from_any_moment(moment, make_config, tmp_path, stop_at, m
         stop_at(run.WholeCheckpoints, "save_checkpoint", "hash/checkpoints/last.ckpt")
     elif moment == "ranks":  # trained to the end, and stopped early by patience, but not evaluated
         stop_at(run, "rank_users", after=2)
-    else:  # the config is written, the rest of the inputs are not
-        stop_at(run, "write_catalog")
+    else:  # nothing but the inputs
+        stop_at(run, "_train_model")
     with pytest.raises(Killed):
         train_run(config, tmp_path / "killed")
     monkeypatch.undo()
@@ -453,7 +453,7 @@ def test_negatives_that_the_loss_does_not_take(make_config, tmp_path):
         train_run(config, tmp_path / "run")
     assert not files_of(tmp_path)
     # A run of an earlier version, which ignored them, goes on.
-    (tmp_path / "run").mkdir()
+    train_run(dataclasses.replace(config, num_negatives=None), tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(config.with_absolute_paths().to_json())
     train_run(config, tmp_path / "run", resume=True)
 
@@ -703,7 +703,9 @@ train_run(config, run, resume=(run / "config.json").exists())
 """
 
 
-@pytest.mark.parametrize(("limit", "file"), [(500, "config.json"), (20_000, "hash/checkpoints/last.ckpt")])
+@pytest.mark.parametrize(
+    ("limit", "file"), [(500, "sids.safetensors"), (20_000, "hash/checkpoints/last.ckpt")]
+)
 def test_a_full_disk(limit, file, make_config, tmp_path):
     """The kernel refuses what goes beyond a small size of a file, as it would on a full disk."""
     config = make_config(models=("hash",), max_epochs=2)
@@ -719,7 +721,7 @@ def test_a_full_disk(limit, file, make_config, tmp_path):
 
 
 def test_files_for_which_there_is_no_room(make_config, tmp_path):
-    catalog = run.read_inputs(make_config(), tmp_path).catalog
+    catalog = run.read_inputs(make_config(), None).catalog
     large = {str(index): torch.zeros(1000) for index in range(20)}
     for name, write in {
         "items.parquet": lambda path: run.write_catalog(catalog, path),
@@ -732,10 +734,21 @@ def test_files_for_which_there_is_no_room(make_config, tmp_path):
     assert not files_of(tmp_path)
 
 
-def test_killed_before_there_was_a_config(make_config, tmp_path):
-    (tmp_path / "run").mkdir()
+@pytest.mark.parametrize("moment", ["write_catalog", "write_json"])
+def test_killed_before_there_was_a_config(moment, make_config, own_files, tmp_path, stop_at, monkeypatch):
+    """Nothing has begun then, and a run that begins there has nothing of it."""
+    config = make_config(models=("hash",), max_epochs=1)
+    stop_at(run, moment)
+    with pytest.raises(Killed):
+        train_run(config, tmp_path / "run")
+    monkeypatch.undo()
     partial(tmp_path / "run" / "config.json").write_text("{")
-    train_run(make_config(models=("hash",), max_epochs=1), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no run here"):
+        train_run(config, tmp_path / "run", resume=True)
+    other = torch.zeros(60, 2, dtype=torch.int64)
+    SemanticIds(other, codebook_sizes=(4, 4)).save(own_files / "sids.safetensors")
+    train_run(dataclasses.replace(config, sids=str(own_files / "sids.safetensors")), tmp_path / "run")
+    assert SemanticIds.load(tmp_path / "run" / "sids.safetensors").codes.tolist() == other.tolist()
     assert ".config.partial.json" not in files_of(tmp_path / "run")
 
 
@@ -811,13 +824,14 @@ def test_a_process_that_does_not_come(monkeypatch):
         pass
 
 
-WAIT_FOR_EACH_OTHER = """
+WAIT_FOR_EACH_OTHER = r"""
+import os
 import torch
 import torch.distributed as dist
 from h2rec.training.processes import train_in_processes
 
 def wait_for_each_other():
-    print("ready", flush=True)
+    os.write(1, b"ready\n")  # in one piece
     dist.recv(torch.empty(1), src=1 - dist.get_rank())
 
 if __name__ == "__main__":

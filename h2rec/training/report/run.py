@@ -66,7 +66,7 @@ def read_run(run_dir: Path) -> ReportedRun:
     metrics = read_json(metrics_path)
     if not isinstance(metrics.get("models"), dict) or not metrics["models"]:
         raise ValueError(f'{metrics_path} has no "models"')
-    if metrics.get("ranking") is None:
+    if "ranking" in metrics and metrics["ranking"] is None:
         raise ValueError(
             f"{run_dir}: nothing was held out of this run's training, so there is nothing to report"
         )
