@@ -26,8 +26,8 @@ def refit(
 ) -> None:
     """Train a model of a run again for serving: on all interactions, for as many epochs as were best in the run.
 
-    What train holds out to compare models, the two latest items of each user, is trained on, too. The log is read as it
-    is now; items and semantic IDs are those of the run.
+    What train holds out to compare models, the two latest items of each user, is trained on, too.
+    The log is read as it is now; items and semantic IDs are those of the run.
 
     \b
     Example:
