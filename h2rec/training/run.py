@@ -298,28 +298,27 @@ def _train_model(name: str, config: TrainConfig, inputs: Inputs, folder: Path, a
         last = last_checkpoint(folder)
         trainer.fit(module, ckpt_path=last if last.exists() else None)
 
-    metrics = {}
     if config.hold_out:
         _load_best_weights(model, name, config, folder)
         model.to(trainer.strategy.root_device)
-        ranks = {
-            stage: rank_users(
-                model,
-                inputs.split,
-                stage,
-                negatives=negatives,
-                mask_history=config.mask_history,
-                users=inputs.eval_users,
-                progress=sweep_progress(name, model.num_items),
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-            )
-            for stage, negatives in inputs.negatives.items()
-        }
-        train_counts = inputs.split.train_counts()
-        metrics = {stage: metrics_of(ranks[stage], train_counts) for stage in ranks}
+    ranks = {
+        stage: rank_users(
+            model,
+            inputs.split,
+            stage,
+            negatives=negatives,
+            mask_history=config.mask_history,
+            users=inputs.eval_users,
+            progress=sweep_progress(name, model.num_items),
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        for stage, negatives in inputs.negatives.items()
+    }
     if not is_first_process():
         return
+    train_counts = inputs.split.train_counts()
+    metrics = {stage: metrics_of(ranks[stage], train_counts) for stage in ranks}
     if config.hold_out:
         with replacing(folder / "ranks.npz") as temporary:
             np.savez_compressed(temporary, **ranks["test"]._asdict())

@@ -36,7 +36,9 @@ def test_trains_on_everything_for_the_best_number_of_epochs(half_trained, make_c
     """As training does with two more items per user, which it holds out."""
     metrics = refit_run(half_trained, tmp_path / "all", "sum")
 
-    write_log(tmp_path / "longer.parquet", [[*walk, user % 60, user % 60] for user, walk in enumerate(walks())])
+    write_log(
+        tmp_path / "longer.parquet", [[*walk, user % 60, user % 60] for user, walk in enumerate(walks())]
+    )
     longer = make_config(
         interactions=str(tmp_path / "longer.parquet"),
         embeddings=str(files / "vectors.npy"),
