@@ -1,4 +1,4 @@
-"""Leave-one-out: the last item of every user for the test, the one before for validation."""
+"""Leave-one-out: the last item of every user for the test, the one before for validation; or nothing held out."""
 
 from __future__ import annotations
 

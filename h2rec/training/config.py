@@ -87,7 +87,7 @@ class TrainConfig:
         table_learning_rate: of ``"rowwise_adagrad"``.
         max_epochs: the most epochs that a model trains.
         steps_per_epoch: an epoch is at most so many batches, others each time; None: all users once.
-        patience: epochs without a better validation NDCG@10 before a model stops.
+        patience: epochs without a better validation NDCG@10 before a model stops; unused if nothing is held out.
         seed: of the starting weights, dropout, batch order and negatives.
         hold_out: keep the last two items of each user out of training, for validation and test; False: train on all
             for ``max_epochs`` epochs, and rank nobody, as `h2rec.training.refit_run` does.

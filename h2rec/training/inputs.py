@@ -80,11 +80,11 @@ def read_split(config: TrainConfig, num_items: int, catalog: ItemCatalog | None 
 
 
 def read_inputs(config: TrainConfig, run_dir: Path | None, *, same_log: bool = True) -> Inputs:
-    """Reads all that the config names; but the semantic IDs and the catalog from a run that has begun.
+    """Reads what the config names; semantic IDs and catalog from a run, where one is given.
 
     Args:
-        run_dir: that run; None: there is none yet.
-        same_log: whether the log has to be the one that the run began with.
+        run_dir: a run that has begun: the one to go on with, or to refit; None: neither.
+        same_log: refuse a log that is not the one that the run began with.
 
     Raises:
         ValueError, FileNotFoundError: see `h2rec.data`; the data do not fit, or are not those that the run began with.

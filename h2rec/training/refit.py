@@ -9,7 +9,7 @@ from typing import Any
 
 from h2rec.training.config import TrainConfig, main_model
 from h2rec.training.files import read_json
-from h2rec.training.run import check_trained, train_run
+from h2rec.training.run import check_named, train_run
 
 
 def refit_run(
@@ -29,7 +29,8 @@ def refit_run(
         run_dir: a directory that `train_run` wrote.
         output: a directory that does not exist, or is empty.
         name: of the model; None: ``h2rec``, or the run's last.
-        devices: processes that share each step, see `TrainConfig.on_devices` and `train_run`; None: as in the run.
+        devices: processes that share each step, see `TrainConfig.on_devices` and `train_run`; None: as in the run. A
+            launcher's processes are all used.
 
     Returns:
         the content of ``metrics.json``.
@@ -43,7 +44,7 @@ def refit_run(
     run_dir = Path(run_dir)
     config = TrainConfig.of_run(run_dir)
     name = main_model(config.models) if name is None else name
-    check_trained(run_dir, (name,))
+    check_named(config, name)
     path = run_dir / name / "metrics.json"
     if not path.exists():
         raise FileNotFoundError(

@@ -134,12 +134,15 @@ def check_trained(run_dir: Path, names: Sequence[str]) -> None:
     """Refuses models that `load_model` cannot load, before one is."""
     config = TrainConfig.of_run(run_dir)
     for name in names:
-        if name not in config.models:
-            raise ValueError(
-                f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}"
-            )
+        check_named(config, name)
         if not best_checkpoint(run_dir / name).exists():
             raise FileNotFoundError(f"{run_dir / name}: model {name!r} of this run has no checkpoint yet")
+
+
+def check_named(config: TrainConfig, name: str) -> None:
+    """Refuses the name of a model that the run has not."""
+    if name not in config.models:
+        raise ValueError(f"name: expected one of the run's models, {', '.join(config.models)}, got {name!r}")
 
 
 def _for_launcher(config: TrainConfig, *, is_of_a_run: bool) -> TrainConfig:

@@ -17,7 +17,7 @@ from .conftest import walks, write_log
 
 
 @pytest.fixture
-def half_trained(finished_run, tmp_path):
+def best_in_second_epoch(finished_run, tmp_path):
     """A copy of the run whose sum model was best in the second of three epochs."""
     copy = shutil.copytree(finished_run, tmp_path / "run")
     path = copy / "sum" / "metrics.json"
@@ -32,9 +32,11 @@ def weights_of(folder, name):
     return load_model(folder, name)[0].state_dict()
 
 
-def test_trains_on_everything_for_the_best_number_of_epochs(half_trained, make_config, files, tmp_path):
+def test_trains_on_everything_for_the_best_number_of_epochs(
+    best_in_second_epoch, make_config, files, tmp_path
+):
     """As training does with two more items per user, which it holds out."""
-    metrics = refit_run(half_trained, tmp_path / "all", "sum")
+    metrics = refit_run(best_in_second_epoch, tmp_path / "all", "sum")
 
     write_log(
         tmp_path / "longer.parquet", [[*walk, user % 60, user % 60] for user, walk in enumerate(walks())]
@@ -53,6 +55,11 @@ def test_trains_on_everything_for_the_best_number_of_epochs(half_trained, make_c
     assert metrics["models"]["sum"]["epochs"] == 2
     assert metrics["models"]["sum"]["best_epoch"] == 1
     assert metrics["ranking"] is None
+
+    shutil.rmtree(best_in_second_epoch / "sum" / "checkpoints")  # which takes no part
+    again = refit_run(tmp_path / "all", tmp_path / "again", "sum")
+    assert again["models"]["sum"]["epochs"] == 2
+    torch.testing.assert_close(weights_of(tmp_path / "again", "sum"), expected, rtol=0, atol=0)
 
 
 def test_a_run_without_ranks(finished_run, tmp_path, capsys):
@@ -75,18 +82,18 @@ def test_a_run_without_ranks(finished_run, tmp_path, capsys):
     assert export_run(tmp_path / "all", "h2rec", tmp_path / "export")["model"] == "h2rec"
 
 
-def test_goes_on_when_interrupted(half_trained, tmp_path, monkeypatch):
-    refit_run(half_trained, tmp_path / "undisturbed", "sum")
+def test_goes_on_when_interrupted(best_in_second_epoch, tmp_path, monkeypatch):
+    refit_run(best_in_second_epoch, tmp_path / "undisturbed", "sum")
     save = run.WholeCheckpoints.save_checkpoint
 
-    def stop_at_the_last(self, checkpoint, path, storage_options=None):
+    def stop_after_the_first(self, checkpoint, path, storage_options=None):
         save(self, checkpoint, path, storage_options)
         if checkpoint["epoch"] == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.WholeCheckpoints, "save_checkpoint", stop_at_the_last)
+    monkeypatch.setattr(run.WholeCheckpoints, "save_checkpoint", stop_after_the_first)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        refit_run(half_trained, tmp_path / "killed", "sum")
+        refit_run(best_in_second_epoch, tmp_path / "killed", "sum")
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="'sum' of this run has no checkpoint yet"):
         load_model(tmp_path / "killed", "sum")
@@ -156,16 +163,16 @@ def test_vectors_of_other_items_are_refused(movable_run, tmp_path):
     assert not (tmp_path / "all").exists()
 
 
-def test_refuses(finished_run, half_trained, tmp_path):
+def test_refuses(finished_run, best_in_second_epoch, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run here"):
         refit_run(tmp_path / "nowhere", tmp_path / "all")
     with pytest.raises(ValueError, match=r"name: expected one of the run's models, .*, got 'mean'"):
         refit_run(finished_run, tmp_path / "all", "mean")
-    (half_trained / "sum" / "metrics.json").unlink()
+    (best_in_second_epoch / "sum" / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="model 'sum' of this run has not finished training"):
-        refit_run(half_trained, tmp_path / "all", "sum")
+        refit_run(best_in_second_epoch, tmp_path / "all", "sum")
     assert not (tmp_path / "all").exists()
     with pytest.raises(ValueError, match="items_of: expected None for a run that is resumed"):
-        train_run(TrainConfig.of_run(finished_run), finished_run, resume=True, items_of=half_trained)
+        train_run(TrainConfig.of_run(finished_run), finished_run, resume=True, items_of=best_in_second_epoch)
     with pytest.raises(FileExistsError, match="exists already"):
-        refit_run(finished_run, half_trained)
+        refit_run(finished_run, best_in_second_epoch)
