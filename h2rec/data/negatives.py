@@ -60,13 +60,11 @@ def sample_negatives(
         ``users`` one row for each of them, ``[n, num_negatives]``.
 
     Raises:
-        ValueError: an unknown stage, no user with a target, or a user with fewer than ``num_negatives`` items left.
+        ValueError: an unknown stage, or a user with fewer than ``num_negatives`` items left.
     """
     if num_negatives < 1:
         raise ValueError(f"num_negatives: expected at least 1, got {num_negatives}")
     have_target = np.flatnonzero(split.targets(stage) >= 0) if users is None else users
-    if len(have_target) == 0:
-        raise ValueError(f"split: expected users with a held-out item for {stage}, got none")
     starts = split.log.offsets[have_target]
     lengths = split.log.offsets[have_target + 1] - starts
     _, items = runs(split.log.items, starts, lengths)

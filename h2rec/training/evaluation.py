@@ -347,7 +347,12 @@ def evaluate_model(
 
     Returns:
         ``{"full": metrics, "sampled": metrics}`` as in `metrics_by_group`.
+
+    Raises:
+        ValueError: nobody has a held-out item; or see `h2rec.data.sample_negatives`.
     """
+    if not (split.targets(stage) >= 0).any():
+        raise ValueError(f"split: expected users with a held-out item for {stage}, got none")
     negatives = sample_negatives(split, stage, num_negatives, seed, users=users)
     ranks = rank_users(
         model,
